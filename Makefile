@@ -1,0 +1,39 @@
+# Set-up and the commands that everyone uses. `make help` lists them.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export DS_ACCELERATOR ?= cpu
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+setup: $(READY)  ## make .venv and install everything into it
+
+demo: $(READY)  ## train a tiny DeepSeek-V3 on two expert-parallel ranks (about 3 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 --bind_cores_to_rank launch/train.py --config configs/demo.toml
+
+test: $(READY)  ## the whole CPU test suite
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## format and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the virtual environment and caches, never the runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,42 @@
+"""Auxiliary-loss-free load balancing (ALF-LB) for expert-parallel Mixture-of-Experts training on DeepSpeed.
+
+Shape suffixes, used all over the package:
+    T tokens on this rank        E routed experts            K experts chosen per token (top-k)
+    D model width                e experts on this rank      N (token, rank) pairs sent by this rank
+    F expert width               L MoE layers                R rows received by this rank
+    B sequences, S positions     P ranks of an expert-parallel group
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "update_bias": "balance",
+    "Balancer": "balancer",
+    "max_violation": "metrics",
+    "parallelize": "parallelize",
+    "initialize": "engine",
+}
+__all__ = ["Balancer", "initialize", "max_violation", "parallelize", "update_bias"]
+
+if TYPE_CHECKING:
+    from alfb_dist.balance import update_bias
+    from alfb_dist.balancer import Balancer
+    from alfb_dist.engine import initialize
+    from alfb_dist.metrics import max_violation
+    from alfb_dist.parallelize import parallelize
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that `import alfb_dist` and the command line start without torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"alfb_dist.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'alfb_dist' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

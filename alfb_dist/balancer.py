@@ -1,0 +1,122 @@
+"""The Balancer: after each optimizer step, one all-reduce of all loads and the same bias update on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alfb_dist.balance import Schedule, check_rule, update_bias
+from alfb_dist.collectives import Group, all_sum, broadcast_, size, world_group
+from alfb_dist.parallelize import watch
+
+
+class Balancer:
+    """Keeps the selection biases of a model's gates in balance.
+
+    engine_or_model: a DeepSpeed engine, or a model trained by another loop.
+    rule, rate, centered: see `update_bias`. `rate` is a number, or a function from the step (the first is 0) to one,
+        such as `alfb_dist.balance.rate_schedule` makes.
+    group: the ranks that hold distinct tokens; all ranks unless given.
+    Making one is collective: the biases become those of the group's first rank. Raises ValueError if the model has no
+    gate with a selection bias, or its gates differ in their number of experts, or the rule or rate is not valid.
+    """
+
+    def __init__(
+        self,
+        engine_or_model: nn.Module,
+        *,
+        rule: str = "sign",
+        rate: float | Schedule = 1e-3,
+        centered: bool = False,
+        group: Group = None,
+    ) -> None:
+        check_rule(rule, rate(0) if callable(rate) else rate)
+        self.rule, self.rate, self.centered = rule, rate, centered
+        self.group = group or world_group()
+        self.engine = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
+        model: nn.Module = engine_or_model.module if self.engine is not None else engine_or_model
+        self.gates = watch(model)
+        if not self.gates:
+            raise ValueError(f"{type(model).__name__} has no MoE block with a gate that carries a selection bias")
+        sizes = {gate.bias_E.numel() for gate in self.gates}
+        if len(sizes) > 1:
+            raise ValueError(f"all MoE layers must have the same number of experts, got {sorted(sizes)}")
+        self.num_steps = 0
+        """Bias updates so far; skipped steps do not count."""
+        self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
+        """int64: the global load of the last finished step, zero before the first."""
+        self._seen_steps = 0 if self.engine is None else int(self.engine.global_steps)
+        self._set_bias(self._shared(self.bias_LE))
+
+    @property
+    def bias_LE(self) -> Tensor:
+        """float32: the biases as they are now, a copy."""
+        return torch.stack([gate.bias_E.detach().flatten() for gate in self.gates]).float()
+
+    def _shared(self, bias_LE: Tensor) -> Tensor:
+        broadcast_(bias_LE, self.group)
+        return bias_LE
+
+    def _set_bias(self, bias_LE: Tensor) -> None:
+        with torch.no_grad():
+            for gate, bias_E in zip(self.gates, bias_LE):
+                gate.bias_E.copy_(bias_E.view_as(gate.bias_E))
+
+    def _take_pending(self) -> Tensor:
+        """This rank's loads since the last optimizer step; the gates start over from 0."""
+        pending = [gate.pending_load_E for gate in self.gates]
+        for gate in self.gates:
+            gate.pending_load_E = None
+        zero_E = torch.zeros_like(self.load_LE[0])
+        return torch.stack([zero_E if load_E is None else load_E for load_E in pending])
+
+    def _step_happened(self) -> bool:
+        """Whether the engine took an optimizer step since the last call: False between accumulation boundaries."""
+        if self.engine is None:
+            return True
+        seen, self._seen_steps = self._seen_steps, int(self.engine.global_steps)
+        return self._seen_steps != seen
+
+    @torch.no_grad()
+    def step(self, *, applied: bool | None = None) -> bool:
+        """The biases have moved by the loads of the optimizer step just taken; whether they did. Collective.
+
+        Call it after every engine.step(), or after every optimizer.step() of another loop. Between accumulation
+        boundaries of an engine it does nothing. A step that was not applied (overflow, NaN) drops its loads and leaves
+        biases and `load_LE` as they were. applied: what the loop knows of that; an engine knows itself.
+        Raises RuntimeError on every rank if some ranks applied the step and others did not.
+        """
+        if not self._step_happened():
+            return False
+        if applied is None:
+            applied = True if self.engine is None else bool(self.engine.was_step_applied())
+        flag = torch.full((1,), int(applied), dtype=torch.int64, device=self.load_LE.device)
+        total = all_sum(torch.cat([self._take_pending().flatten(), flag]), self.group)
+        num_applied = int(total[-1])
+        if num_applied not in (0, size(self.group)):
+            raise RuntimeError(f"{num_applied} of {size(self.group)} ranks applied the optimizer step, the others not")
+        if not num_applied:
+            return False
+        self.load_LE = total[:-1].view_as(self.load_LE)
+        rate = self.rate(self.num_steps) if callable(self.rate) else self.rate
+        moved_LE = update_bias(self.bias_LE, self.load_LE, rate=rate, rule=self.rule, centered=self.centered)
+        self._set_bias(moved_LE)
+        self.num_steps += 1
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's own buffers."""
+        return {"num_steps": self.num_steps, "bias_LE": self.bias_LE, "load_LE": self.load_LE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The state is as it was saved. Raises ValueError if the shapes do not fit this model."""
+        if state["bias_LE"].shape != self.load_LE.shape:
+            saved, here = tuple(state["bias_LE"].shape), tuple(self.load_LE.shape)
+            raise ValueError(f"the saved biases {saved} do not fit this model's (layers, experts) {here}")
+        self.num_steps = int(state["num_steps"])
+        self.load_LE = state["load_LE"].to(self.load_LE)
+        self._set_bias(state["bias_LE"].to(self.load_LE.device))
+        self._take_pending()
+        self._seen_steps = 0 if self.engine is None else int(self.engine.global_steps)

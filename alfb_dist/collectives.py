@@ -1,0 +1,115 @@
+"""Every collective of the package. Each takes its group; no other file calls torch.distributed's collectives.
+
+A group of None is this process alone, where torch.distributed is not up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Group = ProcessGroup | None
+
+
+def size(group: Group) -> int:
+    """How many ranks the group has."""
+    return 1 if group is None else group.size()
+
+
+def world_group() -> Group:
+    """The group of all ranks, or None where torch.distributed is not up."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def all_sum(x: Tensor, group: Group) -> Tensor:
+    """The sum of x over the group's ranks, a new tensor; collective."""
+    total = x.clone()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def all_max(x: Tensor, group: Group) -> Tensor:
+    """The elementwise maximum of x over the group's ranks, a new tensor; collective."""
+    top = x.clone()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    return top
+
+
+def all_equal(x: Tensor, group: Group) -> bool:
+    """Whether x has the same bits on every rank of the group; collective."""
+    bits = x.detach().contiguous().flatten().view(torch.uint8).to(torch.int16)
+    extremes = all_max(torch.cat([bits, -bits]), group)
+    return bool((extremes[: bits.numel()] == -extremes[bits.numel() :]).all())
+
+
+def broadcast_(x: Tensor, group: Group) -> None:
+    """x holds what the group's first rank had; in place, collective."""
+    if group is not None and group.size() > 1:
+        dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
+
+
+def broadcast_object(value: Any, group: Group) -> Any:
+    """The first rank's value (any plain object) on every rank; collective."""
+    box = [value]
+    if group is not None and group.size() > 1:
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def barrier(group: Group) -> None:
+    """Every rank of the group has come here; collective."""
+    if group is not None and group.size() > 1:
+        dist.barrier(group=group)
+
+
+def exchange_row_counts(send_counts: list[int], rows: int, group: ProcessGroup, device: torch.device) -> list[int]:
+    """How many rows each rank of the group will send to this one; collective.
+
+    send_counts: rows for each rank, in rank order; they must sum to `rows`. A rank whose counts do not add up tells
+    the others, and RuntimeError naming it is raised on every rank: a wrong size would otherwise be silent (stale rows)
+    or abort the receiver.
+    """
+    wrong = len(send_counts) != group.size() or sum(send_counts) != rows or min(send_counts) < 0
+    sent = torch.tensor([-1] * group.size() if wrong else send_counts, dtype=torch.int64, device=device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    counts: list[int] = received.tolist()
+    if min(counts) < 0:
+        ranks = [dist.get_global_rank(group, r) for r, n in enumerate(counts) if n < 0]
+        mine = f"; here {send_counts} for {rows} rows" if wrong else ""
+        raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {ranks}{mine}")
+    return counts
+
+
+def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:
+    if rows.shape[0] != sum(send_counts):
+        raise RuntimeError(f"{rows.shape[0]} rows to send, but the row counts say {send_counts}")
+    received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
+    return received
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: Any) -> Tensor:
+        ctx.route = receive_counts, send_counts, group
+        return _all_to_all(rows, send_counts, receive_counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _all_to_all(grads[0], *ctx.route), None, None, None
+
+
+def all_to_all_rows(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:
+    """The rows that the group's ranks sent to this one, in rank order; collective, differentiable.
+
+    rows: (sum(send_counts), ...), sorted by destination. receive_counts: from `exchange_row_counts`. Zero rows are
+    fine. The backward is the reverse exchange. Raises RuntimeError if the rows do not match the counts.
+    """
+    return _AllToAllRows.apply(rows, send_counts, receive_counts, group)

@@ -1,0 +1,167 @@
+"""The keys that DeepSpeed and transformers know, without importing either: a refusal has to be fast.
+
+DeepSpeed 0.19's are listed here; a test compares the lists with the installed package. A transformers family's are
+read from the source of its configuration class, so they are always those of the installed release.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed's top-level keys by the kind of value they take.
+DEEPSPEED_KEYS: dict[str, str] = {
+    **dict.fromkeys(
+        """disable_allgather disable_python_gc dump_state dataloader_drop_last managed_gradient_accumulation
+        memory_breakdown prescale_gradients use_data_before_expert_parallelism wall_clock_breakdown
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split(),
+        "bool",
+    ),
+    **dict.fromkeys("sequence_parallel_size steps_per_print vocabulary_size".split(), "int"),
+    "gradient_predivide_factor": "float",
+    **dict.fromkeys(
+        "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type".split(), "str"
+    ),
+    **dict.fromkeys(
+        """activation_checkpointing aio autotuning checkpoint comet comms_logger compile csv_monitor data_efficiency
+        data_types datastates_ckpt flops_profiler hybrid_engine pipeline tensor_parallel tensorboard timers
+        torch_autocast wandb weight_quantization zero_optimization""".split(),
+        "table",
+    ),
+}
+
+# DeepSpeed keys that alfb_dist sets itself, and the key of ours that decides each.
+DERIVED_KEYS: dict[str, str] = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "the table [optimizer]",
+    "scheduler": "optimizer.schedule",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "fp16": "model.dtype",
+    "expert_parallel": "parallel.ep_degree (expert parallelism is alfb_dist's own here)",
+}
+
+# Keys of deepspeed.zero_optimization by kind. The ones from DeepSpeed's third stage have a short and a long name.
+_STAGE3_INTS = """max_live_parameters max_reuse_distance model_persistence_threshold module_granularity_threshold
+    param_persistence_threshold prefetch_bucket_size""".split()
+_STAGE3_BOOLS = "allgather_sequential gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params".split()
+ZERO_KEYS: dict[str, str] = {
+    "stage": "int",
+    **dict.fromkeys("allgather_bucket_size reduce_bucket_size sub_group_size zero_hpz_partition_size".split(), "int"),
+    **dict.fromkeys(
+        """allgather_partitions compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param
+        cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks ignore_unused_parameters legacy_stage1
+        load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear overlap_comm override_module_apply
+        parameter_alignment pipeline_loading_checkpoint reduce_scatter round_robin_gradients
+        save_muon_momentum_buffer_in_memory stage3_gather_fp16_weights_on_model_save use_multi_rank_bucket_allreduce
+        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""".split(),
+        "bool",
+    ),
+    **dict.fromkeys(_STAGE3_INTS + [f"stage3_{name}" for name in _STAGE3_INTS], "int"),
+    **dict.fromkeys(_STAGE3_BOOLS + [f"stage3_{name}" for name in _STAGE3_BOOLS], "bool"),
+    **dict.fromkeys("leaf_module offload_optimizer offload_param zenflow".split(), "table"),
+}
+
+# The names under which families keep the number of routed experts, and of experts a token.
+EXPERT_NAMES = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+# Keyword arguments that every configuration class takes besides its own fields.
+_COMMON = ("architectures", "rope_scaling", "rope_theta", "partial_rotary_factor", "transformers_version")
+
+
+@dataclass(frozen=True)
+class FamilyKeys:
+    """What a transformers configuration class declares.
+
+    kinds: type names that each field accepts ("int", "None", ...), or None where the annotation is not that simple.
+    defaults: of the fields with a literal default. synonyms: other names of a field. extras: further accepted names.
+    """
+
+    kinds: dict[str, frozenset[str] | None]
+    defaults: dict[str, Any]
+    synonyms: dict[str, str]
+    extras: frozenset[str]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.kinds) | self.extras | frozenset(self.synonyms) | frozenset(self.synonyms.values())
+
+    def canonical(self, name: str) -> str:
+        return self.synonyms.get(name, name)
+
+
+@lru_cache(maxsize=8)
+def family_keys(family: str) -> FamilyKeys | None:
+    """Return what the configuration class with `model_type == family` declares; None if transformers has none."""
+    folders = [family, family.replace("-", "_"), re.sub("_text$", "", family)]
+    for folder in dict.fromkeys(folders):
+        for path in sorted((_models_folder() / folder).glob("configuration_*.py")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and _assigned(node).get("model_type") == family:
+                    return _declared(node)
+    return None
+
+
+def moe_families() -> list[str]:
+    """Return the folder names of the model families whose configuration counts experts, for suggestions."""
+    pattern = re.compile(rf"^    ({'|'.join(EXPERT_NAMES)}): ", re.MULTILINE)
+    sources = sorted(_models_folder().glob("*/configuration_*.py"))
+    return [path.parent.name for path in sources if pattern.search(path.read_text(encoding="utf-8"))]
+
+
+def _models_folder() -> Path:
+    spec = importlib.util.find_spec("transformers")  # finds the package, does not import it
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("transformers is not installed: install alfb_dist with its dependencies")
+    return Path(spec.submodule_search_locations[0]) / "models"
+
+
+def _declared(node: ast.ClassDef) -> FamilyKeys:
+    kinds: dict[str, frozenset[str] | None] = {}
+    defaults = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+            kinds[name] = _kinds(statement.annotation)
+            if statement.value is not None:
+                try:
+                    defaults[name] = ast.literal_eval(statement.value)
+                except ValueError:
+                    continue  # a default that is an expression: no rule of ours reads such a field
+    synonyms = _assigned(node).get("attribute_map", {})
+    extras = set(_COMMON) | set(re.findall(r"kwargs\.(?:pop|get)\('(\w+)'", ast.unparse(node)))
+    return FamilyKeys(kinds, defaults, synonyms, frozenset(extras))
+
+
+def _assigned(node: ast.ClassDef) -> dict[str, Any]:
+    values = {}
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            try:
+                values[statement.targets[0].id] = ast.literal_eval(statement.value)
+            except ValueError:
+                continue
+    return values
+
+
+def _kinds(annotation: ast.expr) -> frozenset[str] | None:
+    """Return the type names of a union such as `int | list[int] | None`; None if it holds anything unusual."""
+    if isinstance(annotation, ast.BinOp):
+        left, right = _kinds(annotation.left), _kinds(annotation.right)
+        return None if left is None or right is None else left | right
+    if isinstance(annotation, ast.Subscript):
+        annotation = annotation.value
+    if isinstance(annotation, ast.Constant) and annotation.value is None:
+        return frozenset({"None"})
+    if isinstance(annotation, ast.Name) and annotation.id in ("bool", "int", "float", "str", "list", "dict"):
+        return frozenset({annotation.id})
+    return None

@@ -1,0 +1,128 @@
+"""Configuration as text: read a TOML file, apply `--set a.b=c`, write a configuration back as TOML.
+
+TOML has no null, so the string "null" stands for "no value": it becomes None when read and is written back as "null".
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_NULL = "null"
+
+
+class ConfigError(ValueError):
+    """A configuration that a user has to change; `problems` holds one line each, and so does the message."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of `names` that `name` most likely meant, or None."""
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return matches[0] if matches else None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises ConfigError naming the file, and the line where it is at fault."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.toml")))
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise ConfigError(f"{path}: there is no such file{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: not UTF-8 text (byte {content[error.start]:#04x})") from None
+    try:
+        return _read_nulls(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        place = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
+        if place:
+            raise ConfigError(f"{path}, line {place[2]}, column {place[3]}: {place[1]}") from None
+        # tomllib names no line where the text simply ends too early.
+        raise ConfigError(f"{path}, line {text.count(chr(10)) + 1}: {error}") from None
+
+
+def apply_overrides(tables: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set each `a.b=value` in `tables`, making tables on the way; returns one problem per malformed override.
+
+    A value is read as TOML, and as a bare string where it is none. Whether a key exists is for validation to say.
+    """
+    problems = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        *parents, key = (part.strip() for part in path.split("."))
+        if not equals or not key or not all(parents):
+            problems.append(f"--set {override}: must have the form table.key=value")
+            continue
+        table = tables
+        for parent in parents:
+            child = table.get(parent)
+            if not isinstance(child, dict):
+                child = table[parent] = {}
+            table = child
+        table[key] = _read_value(text.strip())
+    return problems
+
+
+def to_toml(tables: dict[str, Any], name: str = "") -> str:
+    """Return nested tables of plain values as TOML text that reads back equal."""
+    plain = {key: value for key, value in tables.items() if not isinstance(value, dict)}
+    lines = [f"[{name}]"] if name else []
+    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    blocks = ["\n".join(lines)] if lines else []
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            blocks.append(to_toml(value, f"{name}.{_key(key)}" if name else _key(key)).rstrip("\n"))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _read_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    # A text of several lines could smuggle in further keys: then it is no single value, so it is a string.
+    return _read_nulls(parsed["value"] if list(parsed) == ["value"] else text)
+
+
+def _read_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _read_nulls(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_read_nulls(child) for child in value]
+    return None if value == _NULL else value
+
+
+def _key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else _value(key)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return f'"{_NULL}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(key)} = {_value(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(child) for child in value) + "]"
+    return repr(value)

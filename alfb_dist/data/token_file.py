@@ -1,0 +1,234 @@
+"""Token files: documents as token ids in one file, every byte of it under a hash.
+
+    bytes 0 to 63   head: magic, version, where the index lies, the index's hash, the hash of the head itself
+    bytes 64 on     payload: token ids (uint16 or uint32), zeros up to a multiple of 8, document ends (uint64, in tokens)
+    to the end      index: JSON with counts, dtype, tokenizer, and one xxh3-128 hash per block of the payload
+
+Numbers are little-endian. A document's last token is the end-of-document token, so that the token ids in file order are
+the documents already joined. The index comes last because it is known last: a file of any size is written in one pass.
+Reading parses JSON and numbers; it never runs code from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+MAGIC = b"alfbtok\n"
+VERSION = 1
+HEAD_BYTES = 64
+BLOCK_BYTES = 1 << 20
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+ENDS_DTYPE = np.dtype("<u8")
+_HEAD = struct.Struct("<8sIIQQ16s")  # magic, version, zero, index offset, index bytes, index hash; then 16 bytes of hash
+
+
+class TokenFileError(ValueError):
+    """A token file is damaged or is none. `path` and the byte `offset` say where; the message has both."""
+
+    def __init__(self, path: Path, offset: int, problem: str) -> None:
+        super().__init__(f"{path}: {problem} (at byte {offset})")
+        self.path = path
+        self.offset = offset
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """What a token file says about itself.
+
+    vocab_size: every id is below it. tokenizer: fingerprint of the tokenizer. blocks: xxh3-128 of each block, in hex;
+    block i covers the block_bytes payload bytes from byte HEAD_BYTES + i * block_bytes. notes: the writer's own remarks.
+    """
+
+    vocab_size: int
+    end_id: int
+    tokenizer: str
+    dtype: str
+    num_tokens: int
+    num_documents: int
+    block_bytes: int
+    blocks: list[str]
+    notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ends_offset(self) -> int:
+        """Byte of the first document end."""
+        return HEAD_BYTES + -(-self.num_tokens * DTYPES[self.dtype].itemsize // 8) * 8
+
+    @property
+    def payload_end(self) -> int:
+        """Byte after the payload."""
+        return self.ends_offset + self.num_documents * ENDS_DTYPE.itemsize
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> Self:
+        """The index in `raw`. Raises ValueError, TypeError or KeyError if it is none or contradicts itself."""
+        index = cls(**json.loads(raw))
+        if not all(isinstance(n, int) and n >= 0 for n in (index.num_tokens, index.num_documents, index.end_id)):
+            raise ValueError("a count is not a non-negative integer")
+        if not 0 <= index.end_id < index.vocab_size or index.block_bytes < 1:
+            raise ValueError("a size is out of range")
+        if len(index.blocks) != -(-(index.payload_end - HEAD_BYTES) // index.block_bytes):
+            raise ValueError("the number of block hashes does not fit the payload")
+        return index
+
+
+def pack_head(index_offset: int, index: bytes) -> bytes:
+    """The HEAD_BYTES bytes that lead to `index` at byte `index_offset`."""
+    head = _HEAD.pack(MAGIC, VERSION, 0, index_offset, len(index), xxhash.xxh3_128_digest(index))
+    return head + xxhash.xxh3_128_digest(head)
+
+
+class TokenFile:
+    """An open token file; bytes are read where and when they are asked for, and no more of them is kept in memory.
+
+    Opening checks the head, the index and the file's size. A block's hash is checked when a byte of it is first used.
+    Reads go through `pread` and not a memory map: a file cut short under a running job is then a named error and not a
+    bus error. Every failure is a TokenFileError with file and byte offset; a missing file is FileNotFoundError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
+        try:
+            self.index, self.fingerprint = self._read_index()
+        except BaseException:
+            self.close()
+            raise
+        self._dtype = DTYPES[self.index.dtype]
+        self._checked = np.zeros(len(self.index.blocks), dtype=bool)
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids in the file, one end-of-document token per document included."""
+        return self.index.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self.index.num_documents
+
+    @property
+    def vocab_size(self) -> int:
+        return self.index.vocab_size
+
+    @property
+    def end_id(self) -> int:
+        """Id of the end-of-document token."""
+        return self.index.end_id
+
+    def tokens(self, start: int, stop: int) -> NDArray[Any]:
+        """Token ids start to stop (exclusive) of the joined documents, (stop - start,), uint16 or uint32, read-only.
+
+        Raises ValueError if the range is not within the file.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"{self.path}: tokens {start} to {stop} are not within its {self.num_tokens} tokens")
+        size = self._dtype.itemsize
+        return np.frombuffer(self._read_payload(HEAD_BYTES + start * size, (stop - start) * size), self._dtype)
+
+    def document_span(self, document: int) -> tuple[int, int]:
+        """First token and end (exclusive) of a document; the end-of-document token is its last.
+
+        Raises ValueError if there is no such document.
+        """
+        if not 0 <= document < self.num_documents:
+            raise ValueError(f"{self.path}: document {document} is not among its {self.num_documents} documents")
+        first = max(document - 1, 0)
+        offset = self.index.ends_offset + first * ENDS_DTYPE.itemsize
+        raw = self._read_payload(offset, (document + 1 - first) * ENDS_DTYPE.itemsize)
+        ends = [0, *np.frombuffer(raw, ENDS_DTYPE).tolist()]
+        start, stop = ends[-2], ends[-1]
+        if not start < stop <= self.num_tokens:
+            raise TokenFileError(self.path, offset, f"document {document} spans tokens {start} to {stop}")
+        return start, stop
+
+    def document(self, document: int) -> NDArray[Any]:
+        """Token ids of one document, its end-of-document token included, uint16 or uint32, read-only."""
+        return self.tokens(*self.document_span(document))
+
+    def chunks(self, num_tokens: int = 1 << 20) -> Iterator[NDArray[Any]]:
+        """All token ids in file order, `num_tokens` at a time."""
+        for start in range(0, self.num_tokens, num_tokens):
+            yield self.tokens(start, min(start + num_tokens, self.num_tokens))
+
+    def verify(self) -> None:
+        """Every byte of the file has been read and hashed anew; TokenFileError at the first one that is not as written."""
+        self._read_index()
+        for block in range(len(self._checked)):
+            self._check_block(block)
+
+    def close(self) -> None:
+        """The file is closed. Closing twice is harmless; a file that nothing refers to is closed by itself."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _read_index(self) -> tuple[TokenIndex, str]:
+        """The index and its hash in hex, after the head, the index and the file's size have been found to agree."""
+        size = os.fstat(self._fd).st_size
+        if size < HEAD_BYTES:
+            raise TokenFileError(self.path, size, f"ends within its head of {HEAD_BYTES} bytes")
+        raw = self._read(0, HEAD_BYTES)
+        magic, version, _, offset, num_bytes, digest = _HEAD.unpack_from(raw)
+        if magic != MAGIC:
+            raise TokenFileError(self.path, 0, "is no token file, or its first bytes are damaged")
+        if version != VERSION:
+            raise TokenFileError(self.path, 8, f"has version {version}, {VERSION} is known; or its head is damaged")
+        if xxhash.xxh3_128_digest(raw[: _HEAD.size]) != raw[_HEAD.size :]:
+            raise TokenFileError(self.path, 0, f"its head of {HEAD_BYTES} bytes differs from its hash")
+        if size != offset + num_bytes:
+            problem = f"has {size} bytes and should have {offset + num_bytes}"
+            raise TokenFileError(self.path, min(size, offset + num_bytes), problem)
+        text = self._read(offset, num_bytes)
+        if xxhash.xxh3_128_digest(text) != digest:
+            raise TokenFileError(self.path, offset, f"its index of {num_bytes} bytes differs from its hash")
+        try:
+            index = TokenIndex.from_json(text)
+        except (ValueError, TypeError, KeyError) as error:
+            raise TokenFileError(self.path, offset, f"its index cannot be used: {error}") from error
+        if index.payload_end != offset:
+            raise TokenFileError(self.path, offset, f"its payload should end at byte {index.payload_end}")
+        return index, digest.hex()
+
+    def _read_payload(self, offset: int, num_bytes: int) -> bytes:
+        first = (offset - HEAD_BYTES) // self.index.block_bytes
+        stop = -(-(offset + num_bytes - HEAD_BYTES) // self.index.block_bytes)
+        for block in range(first, stop):
+            if not self._checked[block]:
+                self._check_block(block)
+        return self._read(offset, num_bytes)
+
+    def _check_block(self, block: int) -> None:
+        offset = HEAD_BYTES + block * self.index.block_bytes
+        num_bytes = min(self.index.block_bytes, self.index.payload_end - offset)
+        if xxhash.xxh3_128_hexdigest(self._read(offset, num_bytes)) != self.index.blocks[block]:
+            raise TokenFileError(self.path, offset, f"its block of {num_bytes} bytes differs from its hash")
+        self._checked[block] = True
+
+    def _read(self, offset: int, num_bytes: int) -> bytes:
+        data = os.pread(self._fd, num_bytes, offset)
+        while len(data) < num_bytes:  # the system may hand out less than asked; nothing at all is the end of the file
+            more = os.pread(self._fd, num_bytes - len(data), offset + len(data))
+            if not more:
+                raise TokenFileError(self.path, offset + len(data), "has been cut short")
+            data += more
+        return data

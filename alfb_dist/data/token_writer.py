@@ -1,0 +1,125 @@
+"""Writing token files: aside, synced, then renamed, so that a name stands for a whole file or for none."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import ArrayLike
+
+from alfb_dist.data.token_file import BLOCK_BYTES, DTYPES, HEAD_BYTES, TokenIndex, pack_head
+
+
+def sync_folder(folder: Path) -> None:
+    """What has been created or renamed in `folder` outlasts a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class TokenWriter:
+    """Writes one token file; used in a `with` block, whose end without an error is what makes the file appear.
+
+    vocab_size: ids are below it; it decides between uint16 and uint32. end_id: the end-of-document token, appended to each document.
+    tokenizer: its fingerprint. block_bytes: payload bytes per hash. Raises ValueError if a size is out of range.
+    """
+
+    def __init__(
+        self, path: str | Path, *, vocab_size: int, end_id: int, tokenizer: str, block_bytes: int = BLOCK_BYTES
+    ) -> None:
+        if not 0 <= end_id < vocab_size <= 1 << 32:
+            raise ValueError(f"end_id ({end_id}) must be in 0..vocab_size-1 and vocab_size ({vocab_size}) at most 2**32")
+        if block_bytes < 1:
+            raise ValueError(f"block_bytes ({block_bytes}) must be at least 1")
+        self.path = Path(path)
+        self.notes: dict[str, int] = {}
+        self._settings: dict[str, Any] = {"vocab_size": vocab_size, "end_id": end_id, "tokenizer": tokenizer}
+        self._vocab_size = vocab_size
+        self._end_id = end_id
+        self._dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self._block_bytes = block_bytes
+        self._blocks: list[str] = []
+        self._block = xxhash.xxh3_128()
+        self._room = block_bytes  # bytes left in the open block
+        self._ends = array("Q")
+        self._num_tokens = 0
+        self._aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        self._file = open(self._aside, "xb")  # noqa: SIM115 - closed by __exit__
+        self._file.write(bytes(HEAD_BYTES))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._ends)
+
+    def add(self, ids: ArrayLike) -> None:
+        """One document more: `ids` (N,), N >= 1, and the end-of-document token behind them.
+
+        Raises ValueError if the document is empty or an id is outside of the vocabulary.
+        """
+        document = np.asarray(ids)
+        if document.ndim != 1 or document.size == 0 or document.dtype.kind not in "ui":
+            raise ValueError(f"a document must be a non-empty row of integers, not {document.dtype} {document.shape}")
+        low, high = int(document.min()), int(document.max())
+        if low < 0 or high >= self._vocab_size:
+            raise ValueError(f"token ids {low} to {high} must be in 0..vocab_size-1, vocab_size is {self._vocab_size}")
+        self._write(np.append(document, self._end_id).astype(DTYPES[self._dtype]).tobytes())
+        self._num_tokens += document.size + 1
+        self._ends.append(self._num_tokens)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._file.close()
+            self._aside.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        self._write(bytes(-self._num_tokens * DTYPES[self._dtype].itemsize % 8))
+        if sys.byteorder == "big":
+            self._ends.byteswap()
+        self._write(self._ends.tobytes())
+        if self._room < self._block_bytes:
+            self._blocks.append(self._block.hexdigest())
+        index = TokenIndex(
+            **self._settings,
+            dtype=self._dtype,
+            num_tokens=self._num_tokens,
+            num_documents=len(self._ends),
+            block_bytes=self._block_bytes,
+            blocks=self._blocks,
+            notes=self.notes,
+        )
+        text = index.to_json()
+        self._file.write(text)
+        self._file.seek(0)
+        self._file.write(pack_head(index.payload_end, text))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._aside.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def _write(self, data: bytes) -> None:
+        """`data` is in the payload and in the hash of each block that it falls into."""
+        self._file.write(data)
+        view = memoryview(data)
+        while len(view):
+            part, view = view[: self._room], view[self._room :]
+            self._block.update(part)
+            self._room -= len(part)
+            if self._room == 0:
+                self._blocks.append(self._block.hexdigest())
+                self._block.reset()
+                self._room = self._block_bytes

@@ -1,0 +1,163 @@
+"""The DeepSpeed seam: an engine that treats sharded experts rightly, made in one call.
+
+ZeRO, gradient reduction and the optimizer are DeepSpeed's. Three things are mended here, each pinned by a test:
+on CPU no operator is compiled at start; without ZeRO the clip norm counts each expert once; a step whose gradients are
+not finite is skipped at every ZeRO stage and in float32 too.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from alfb_dist.balance import Schedule, check_rule
+from alfb_dist.balancer import Balancer
+from alfb_dist.collectives import all_sum
+from alfb_dist.moe import sharded_experts
+from alfb_dist.parallelize import parallelize
+
+
+def check_ds_config(ds_config: dict[str, Any]) -> None:
+    """Nothing, or ValueError naming the key that expert parallelism cannot go with."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ValueError(
+            f"zero_optimization.stage must be 0, 1 or 2, got {stage}: stage 3 partitions parameters that expert "
+            "parallelism shards already; use stage 1 or 2 and a larger ep_degree"
+        )
+    if ds_config.get("expert_parallel", {}).get("enabled"):
+        raise ValueError("expert_parallel.enabled must be off: the experts are sharded by alfb_dist (ep_degree)")
+    for key in ("use_data_before_expert_parallelism", "use_data_before_expert_parallel"):
+        if ds_config.get(key):
+            raise ValueError(f"{key} must be off: alfb_dist lays ranks out expert-parallel first")
+
+
+def start_without_compiler() -> None:
+    """DeepSpeed's CPU backend starts without compiling its shared-memory operator (a minute, and it needs a compiler)."""
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which Adam on CPU is torch's, whose default DeepSpeed would compile its own."""
+    config = copy.deepcopy(ds_config)
+    optimizer = config.get("optimizer", {})
+    if deepspeed.get_accelerator().device_name() == "cpu" and optimizer.get("type", "").lower() in ("adam", "adamw"):
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    return config
+
+
+def global_grad_norm(engine: Any) -> float:
+    """The L2 norm of the reduced gradients over the whole model, each expert counted once; collective.
+
+    Reads `param.grad`, so it is for engines without ZeRO. inf or nan if any gradient on any rank is.
+    """
+    experts = {id(p) for _, m in sharded_experts(engine.module) for p in m.parameters()}
+    grid = sharded_experts(engine.module)[0][1].grid
+    assert grid is not None
+    dense, expert = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for p in engine.module.parameters():
+        if p.grad is not None:
+            square = torch.linalg.vector_norm(p.grad, dtype=torch.float32).to(torch.float64).square()
+            if id(p) in experts:
+                expert += square
+            else:
+                dense += square
+    # The dense gradients are equal on all ranks up to rounding; their mean makes the norm equal to the last bit.
+    sums = all_sum(torch.stack([dense / grid.world_group.size(), expert * grid.ep_degree / grid.world_group.size()]), grid.world_group)
+    return math.sqrt(total) if math.isfinite(total := float(sums.sum())) else total
+
+
+def _guard_plain_optimizer(engine: Any) -> None:
+    """Without ZeRO in float32: the true norm clips, and a step that is not finite is skipped on all ranks.
+
+    DeepSpeed would clip by the mean over ranks of each rank's norm, in which an expert counts by the ranks it is not
+    on, and would step into NaN.
+    """
+    optimizer, max_norm = engine.optimizer, engine.gradient_clipping()
+    inner: Callable[[], Any] = optimizer.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        norm = global_grad_norm(engine)
+        self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
+        if self.overflow:
+            return None
+        if max_norm > 0 and norm > max_norm:
+            for p in engine.module.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(max_norm / (norm + 1e-6))
+        return inner(*args, **kwargs)
+
+    optimizer.step = types.MethodType(step, optimizer)
+    engine.clip_fp32_gradients = lambda: None
+
+
+def _guard_bf16_optimizer(engine: Any) -> None:
+    """Without ZeRO in bfloat16: the true norm clips; DeepSpeed's leaves the experts out of it."""
+    optimizer = engine.optimizer
+    inner = optimizer.unscale_and_clip_grads
+
+    def unscale_and_clip_grads(self: Any, total_norm: Any, apply_scale: bool = True) -> Any:
+        self._global_grad_norm = global_grad_norm(engine)
+        return inner(self._global_grad_norm, apply_scale)
+
+    optimizer.unscale_and_clip_grads = types.MethodType(unscale_and_clip_grads, optimizer)
+
+
+def _mend(engine: Any) -> None:
+    if engine.zero_optimization():
+        if hasattr(engine.optimizer, "check_grad_overflow"):
+            engine.optimizer.check_grad_overflow = True
+    elif engine.bfloat16_enabled():
+        _guard_bf16_optimizer(engine)
+    elif not engine.fp16_enabled():
+        _guard_plain_optimizer(engine)
+
+
+def initialize(
+    model: nn.Module,
+    ds_config: dict[str, Any],
+    *,
+    ep_degree: int,
+    rule: str = "sign",
+    rate: float | Schedule = 1e-3,
+    centered: bool = False,
+    sequence_loss_alpha: float = 0.0,
+    batch_loss_alpha: float = 0.0,
+    timeout_seconds: float = 600,
+    **deepspeed_arguments: Any,
+) -> tuple[Any, Balancer]:
+    """A DeepSpeed engine around the model with its experts sharded, and the Balancer that keeps it balanced; collective.
+
+    The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
+    ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,
+        with float32 too. On CPU, Adam and AdamW are torch's.
+    deepspeed_arguments: such as model_parameters, optimizer or lr_scheduler, for `deepspeed.initialize`.
+    Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
+    """
+    check_ds_config(ds_config)
+    check_rule(rule, rate(0) if callable(rate) else rate)
+    parallelize(
+        model,
+        ep_degree=ep_degree,
+        sequence_loss_alpha=sequence_loss_alpha,
+        batch_loss_alpha=batch_loss_alpha,
+        timeout_seconds=timeout_seconds,
+    )
+    start_without_compiler()
+    engine = deepspeed.initialize(model=model, config=_with_defaults(ds_config), **deepspeed_arguments)[0]
+    _mend(engine)
+    return engine, Balancer(engine, rule=rule, rate=rate, centered=centered)
+
+
+def quiet(level: int = logging.WARNING) -> None:
+    """DeepSpeed logs only what matters."""
+    deepspeed.utils.logging.logger.setLevel(level)

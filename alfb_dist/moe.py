@@ -1,0 +1,83 @@
+"""The experts that stand in for a model's: sharded over ranks, called by the family's own block as before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from alfb_dist.dispatch import combine, dispatch
+from alfb_dist.experts import expert_mlp
+from alfb_dist.topology import Grid, grid_ranks
+
+
+class ShardedExperts(AutoEPMoELayer):  # type: ignore[misc]
+    """This rank's part of a block's experts, behind transformers' experts interface.
+
+    DeepSpeed's engine treats parameters as experts' (averaged over the expert-data group only, each counted once in
+    the clip norm) if they sit in a layer class that it knows. Being an AutoEPMoELayer by name is all that is taken from
+    that class: nothing of its construction or forward runs here.
+    """
+
+    def __init__(self, experts: nn.Module, grid: Grid | None) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = experts.gate_up_proj.shape[0]
+        self.grid = grid
+        self.ep_size = 1 if grid is None else grid.ep_degree
+        self.ep_rank = 0 if grid is None else grid.ep_rank
+        self.num_local_experts = self.num_experts // self.ep_size
+        self.ep_group_name = f"ep_size_{self.ep_size}"
+        self.act_fn = experts.act_fn
+        self.gate_up_proj = self._shard(experts.gate_up_proj)
+        self.down_proj = self._shard(experts.down_proj)
+
+    def _shard(self, full: nn.Parameter) -> nn.Parameter:
+        first = self.ep_rank * self.num_local_experts
+        local = full.detach()[first : first + self.num_local_experts]
+        shard = nn.Parameter(local.clone() if self.ep_size > 1 else local, requires_grad=full.requires_grad)
+        shard.allreduce = False  # type: ignore[attr-defined]
+        shard.group_name = self.ep_group_name  # type: ignore[attr-defined]
+        return shard
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, wherever they live: (T, D); collective over the EP group."""
+        group = None if self.grid is None else self.grid.ep_group
+        rows_RD, ids_RK, weights_RK, route = dispatch(
+            hidden_states, top_k_index, top_k_weights, self.num_local_experts, group
+        )
+        out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+        return combine(out_RD, route)
+
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
+    ) -> None:
+        """DeepSpeed uses our groups, which have our timeout; groups that it makes itself wait 30 minutes."""
+        if use_data_before_expert_parallel_ or folding_group_handles is not None:
+            raise ValueError("alfb_dist lays ranks out expert-parallel first, without tensor-parallel folding")
+        if self.grid is None:
+            raise RuntimeError("a model that meets DeepSpeed must be parallelised with torch.distributed up")
+        name, rank, world = self.ep_group_name, self.grid.world_group.rank(), self.grid.world_group.size()
+        ep, data = grid_ranks(world, self.ep_size)
+        if name not in groups._EXPERT_PARALLEL_GROUP:
+            groups._EXPERT_PARALLEL_GROUP[name] = self.grid.ep_group
+            groups._EXPERT_PARALLEL_GROUP_RANKS[name] = ep[rank // self.ep_size]
+            groups._EXPERT_DATA_PARALLEL_GROUP[name] = self.grid.expert_data_group
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = data[rank % self.ep_size]
+
+    def extra_repr(self) -> str:
+        """Which experts are here."""
+        first = self.ep_rank * self.num_local_experts
+        return f"experts {first} to {first + self.num_local_experts - 1} of {self.num_experts}"
+
+
+def sharded_experts(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
+    """The sharded experts of a model with their names, in the model's order."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, ShardedExperts)]
+
+
+def expert_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that differ between the ranks of an expert-parallel group."""
+    return [p for _, m in sharded_experts(model) for p in m.parameters()]

@@ -1,0 +1,123 @@
+"""A transformers MoE model, its experts sharded over ranks in place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from alfb_dist.aux_loss import LossScale
+from alfb_dist.collectives import size, world_group
+from alfb_dist.families import MoEBlock, is_fused, moe_blocks
+from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate
+from alfb_dist.moe import ShardedExperts, sharded_experts
+from alfb_dist.topology import make_grid
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _check(model: nn.Module, blocks: list[MoEBlock], ep_degree: int) -> None:
+    family = type(model).__name__
+    if sharded_experts(model):
+        raise ValueError(f"this {family} is parallelised already")
+    if not blocks:
+        raise ValueError(f"{family} has no MoE block with a gate that carries a selection bias")
+    if not isinstance(ep_degree, int) or ep_degree < 1:
+        raise ValueError(f"ep_degree must be an integer >= 1, got {ep_degree!r}")
+    if size(world_group()) % ep_degree:
+        raise ValueError(f"the world size ({size(world_group())}) must be divisible by ep_degree ({ep_degree})")
+    for block in blocks:
+        if block.num_experts % ep_degree:
+            raise ValueError(
+                f"num_experts ({block.num_experts}) of {block.name} must be divisible by ep_degree ({ep_degree})"
+            )
+        if not is_fused(block.module.experts):
+            kind = type(block.module.experts).__name__
+            raise ValueError(f"{block.name}.experts ({kind}) are not fused SwiGLU experts (gate_up_proj, down_proj)")
+
+
+def _note_batch(model: nn.Module, batch: Batch) -> None:
+    """Before each forward of the model, the batch's shape and padding are known to its gates."""
+    signature = inspect.signature(model.forward)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        inputs = next((given[k] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None), None)
+        batch.shape = None if inputs is None else (inputs.shape[0], inputs.shape[1])
+        batch.loss_scale.gradient = None
+        batch.mask_BS = padding_mask(given.get("attention_mask"))
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def padding_mask(attention_mask: Any) -> Tensor | None:
+    """True on tokens and False on padding, or None if nothing is known to be padded.
+
+    A (B, S) mask marks padding with 0. Other forms (4-D masks, mask objects) say who attends to whom, not what is
+    padding, and every token counts.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    mask_BS = attention_mask != 0
+    return None if bool(mask_BS.all()) else mask_BS
+
+
+def _tap_loss(model: nn.Module, scale: LossScale) -> None:
+    """The loss that the model returns tells its scale to the auxiliary losses as its backward starts."""
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            output.loss = scale.of(loss)
+        return output
+
+    model.register_forward_hook(after)
+
+
+def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
+    """The model's gates count their loads from now on; in place, idempotent. Its gates, in the model's order."""
+    gates = [m for m in model.modules() if isinstance(m, BalancedGate)]
+    if gates:
+        return gates
+    batch, aux = Batch(), aux or AuxLosses()
+    gates = [balance_gate(b.gate, b.bias_name, batch, aux) for b in moe_blocks(model)]
+    _note_batch(model, batch)
+    if aux.on:
+        _tap_loss(model, batch.loss_scale)
+    return list(dict.fromkeys(gates))  # a gate that two blocks share counts as one
+
+
+def parallelize(
+    model: Model,
+    *,
+    ep_degree: int,
+    sequence_loss_alpha: float = 0.0,
+    batch_loss_alpha: float = 0.0,
+    timeout_seconds: float = 600,
+) -> Model:
+    """The same model with the experts of each MoE block sharded over `ep_degree` ranks; in place, collective.
+
+    Rank r keeps experts [p E/P, (p+1) E/P) with P = ep_degree and p = r % P. Only the first dimension of the experts'
+    parameters is cut: the names in the state dict stay. Every rank passes the same model. torch.distributed must be up,
+    except for ep_degree 1 in a single process.
+
+    sequence_loss_alpha: coefficient of DeepSeek-V3's sequence-wise loss (arXiv:2412.19437, equation 17); 0 is off.
+    batch_loss_alpha: coefficient of the classical auxiliary loss over the batch of all ranks; 0 is off.
+        Both act on the gradients only: the loss that the model returns stays the language model's.
+    timeout_seconds: of every exchange in the groups made here.
+    Raises ValueError before any collective: no supported MoE block, sizes that do not divide, or already parallelised.
+    """
+    blocks = list(moe_blocks(model))
+    _check(model, blocks, ep_degree)
+    if min(sequence_loss_alpha, batch_loss_alpha) < 0:
+        raise ValueError(f"loss coefficients must be >= 0, got {sequence_loss_alpha} and {batch_loss_alpha}")
+    aux = AuxLosses(sequence_loss_alpha, batch_loss_alpha, world_group())
+    watch(model, aux)
+    grid = None if world_group() is None else make_grid(ep_degree, timeout_seconds=timeout_seconds)
+    with torch.no_grad():
+        for block in blocks:
+            block.module.experts = ShardedExperts(block.module.experts, grid)
+    return model

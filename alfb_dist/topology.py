@@ -1,0 +1,106 @@
+"""Who this process is (rank, world, local rank) and where it stands in the expert-parallel x expert-data grid."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An expert-parallel x expert-data grid over a group of ranks.
+
+    Consecutive ranks form an expert-parallel group: rank r holds part r % ep_degree of the experts. Ranks that hold
+    the same part form an expert-data group, over which expert gradients are averaged.
+    """
+
+    ep_degree: int
+    ep_group: ProcessGroup
+    expert_data_group: ProcessGroup
+    world_group: ProcessGroup
+
+    @property
+    def ep_rank(self) -> int:
+        """Which part of the experts this rank holds."""
+        return self.ep_group.rank()
+
+
+def grid_ranks(world_size: int, ep_degree: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The ranks of the expert-parallel groups and of the expert-data groups; ValueError where they do not divide."""
+    if ep_degree < 1 or world_size % ep_degree:
+        raise ValueError(f"the world size ({world_size}) must be divisible by ep_degree ({ep_degree})")
+    ep = [list(range(i, i + ep_degree)) for i in range(0, world_size, ep_degree)]
+    return ep, [list(range(i, world_size, ep_degree)) for i in range(ep_degree)]
+
+
+def make_grid(ep_degree: int, *, timeout_seconds: float = 600) -> Grid:
+    """The grid over all ranks, with groups of its own; collective. torch.distributed must be up.
+
+    Raises ValueError if the world size is not divisible, RuntimeError without torch.distributed; before any collective.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not initialised: call alfb_dist.topology.init_distributed() first")
+    ep, data = grid_ranks(dist.get_world_size(), ep_degree)
+    rank, timeout = dist.get_rank(), timedelta(seconds=timeout_seconds)
+    # Every rank takes part in making every group, in the same order.
+    ep_groups = [dist.new_group(ranks, timeout=timeout) for ranks in ep]
+    data_groups = [dist.new_group(ranks, timeout=timeout) for ranks in data]
+    return Grid(ep_degree, ep_groups[rank // ep_degree], data_groups[rank % ep_degree], dist.group.WORLD)
+
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def discover() -> tuple[int, int, int]:
+    """(rank, world size, local rank), with the variables that torch.distributed reads set in the environment.
+
+    The deepspeed launcher and torchrun set them; under mpirun they are found through mpi4py. A plain process is a world
+    of one. Raises RuntimeError if started by mpirun without mpi4py.
+    """
+    if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
+        if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+            _discover_mpi()
+        elif not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
+            alone = ("0", "1", "0", "127.0.0.1", str(_free_port()))
+            os.environ.update(zip(_LAUNCHER_VARIABLES, alone))
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"the launcher set only some of {_LAUNCHER_VARIABLES}; missing: {', '.join(missing)}")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def _discover_mpi() -> None:
+    try:
+        from mpi4py import MPI
+    except ImportError as e:
+        raise RuntimeError("started by mpirun, but mpi4py is missing: pip install 'alfb_dist[mpi]'") from e
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = MPI.Get_processor_name() if world.size > node.size else "127.0.0.1"
+    address, port = world.bcast((address, _free_port()), root=0)
+    values = (world.rank, world.size, node.rank, address, port)
+    os.environ.update(zip(_LAUNCHER_VARIABLES, map(str, values)))
+
+
+def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
+    """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device."""
+    _, _, local_rank = discover()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    return device
