@@ -34,7 +34,7 @@ def _proportional(load_LE: Tensor) -> Tensor:
 
 
 def _rms(load_LE: Tensor) -> Tensor:
-    """The share error over its own root mean square, so that the step is one rate on average. Source: kexue.fm 10757."""
+    """The share error over its own root mean square: a move of one rate on average. Source: kexue.fm 10757."""
     error = _share_error(load_LE)
     rms = error.square().mean(-1, keepdim=True).sqrt()
     return torch.where(rms > 0, error / rms.clamp(min=1e-300), 0.0)
@@ -51,9 +51,7 @@ def check_rule(rule: str, rate: float) -> None:
         raise ValueError(f"rate must be a finite number >= 0, got {rate}")
 
 
-def update_bias(
-    bias_LE: Tensor, load_LE: Tensor, *, rate: float, rule: str = "sign", centered: bool = False
-) -> Tensor:
+def update_bias(bias_LE: Tensor, load_LE: Tensor, *, rate: float, rule: str = "sign", centered: bool = False) -> Tensor:
     """The routing biases moved one step toward equal expert load; the input is left as it is.
 
     bias_LE: float32, score units, any leading dimensions; decides selection only, never combine weights.

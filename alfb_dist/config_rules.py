@@ -6,6 +6,7 @@ so that one mistake is reported once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,25 +76,36 @@ class Model:
     keys: FamilyKeys | None
 
     def find(self, *names: str) -> tuple[str, int]:
-        """Return (label with the value, value) of the first of `names` that is set or has a default."""
+        """Return (label with the value, value) of the first of `names` that is given, or else has a default."""
+        given = {self.canonical(key): key for key in self.given}
         for name in names:
-            for key, value in self.given.items():
-                if self._canonical(key) == self._canonical(name) and _is(value, "int"):
-                    return f"{self.prefix}.{key} ({value})", value
-        for name in names if self.keys else ():
-            for key in (self._canonical(name), name):
-                if key in self.keys.defaults and key not in self.given and _is(self.keys.defaults[key], "int"):
-                    value = self.keys.defaults[key]
-                    return f"{self.prefix}.{name} ({value} by default)", value
+            if (key := given.get(self.canonical(name))) is not None:
+                value = self.given[key]
+                if not _is(value, "int") or value < 0:
+                    raise UnsettledError(key)  # a problem of its own
+                return f"{self.prefix}{key} ({value})", value
+        for name in names:
+            value = self.default(name)
+            if _is(value, "int"):
+                return f"{self.prefix}{name} ({value} by default)", value
         raise UnsettledError(names[0])
 
-    def has(self, *names: str) -> bool:
-        try:
-            return bool(self.find(*names))
-        except UnsettledError:
-            return False
+    def at_least_1(self, *names: str) -> tuple[str, int]:
+        label, value = self.find(*names)
+        if value < 1:
+            raise UnsettledError(label)  # a problem of its own
+        return label, value
 
-    def _canonical(self, name: str) -> str:
+    def gives(self, *names: str) -> bool:
+        """Whether one of `names` has a value, right or wrong."""
+        given = {self.canonical(key) for key, value in self.given.items() if value is not None}
+        return any(self.canonical(name) in given or self.default(name) is not None for name in names)
+
+    def default(self, name: str) -> Any:
+        defaults = self.keys.defaults if self.keys else {}
+        return defaults.get(self.canonical(name), defaults.get(name))
+
+    def canonical(self, name: str) -> str:
         return self.keys.canonical(name) if self.keys else name
 
 
@@ -101,11 +113,11 @@ def problems(settings: Settings) -> list[str]:
     """Return one line per broken rule; empty if the configuration holds together."""
     lines: list[str] = []
     for rule in RULES:
-        try:
-            lines += [f"{line}" for line in rule(settings)]
-        except UnsettledError:
-            continue
-    return list(dict.fromkeys(lines))
+        # Line by line: a rule may find a problem before it asks for a setting that is not there.
+        with contextlib.suppress(UnsettledError):
+            for line in rule(settings):
+                lines.append(line)
+    return lines
 
 
 def _is(value: Any, kind: str) -> bool:
@@ -131,10 +143,10 @@ def _model(settings: Settings) -> Model:
     if path:
         nested = settings.pretrained.get("text_config")
         values = nested if isinstance(nested, dict) else settings.pretrained
-        return Model("model.path:config.json", values, family_keys(str(values.get("model_type", ""))))
+        return Model("config.json of model.path: ", values, family_keys(str(values.get("model_type", ""))))
     if not given:
         raise UnsettledError("model.config")
-    return Model("model.config", given, family_keys(family))
+    return Model("model.config.", given, family_keys(family))
 
 
 def model_source(settings: Settings) -> Iterator[str]:
@@ -186,22 +198,22 @@ def model_sizes(settings: Settings) -> Iterator[str]:
         for key in names:
             value = model.given.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                yield f"{model.prefix}.{key} ({value}) must be at least {least}"
-    if model.given and not model.has(*EXPERT_NAMES):
-        wrong = [key for key in EXPERT_NAMES if model.given.get(key) is not None]
-        if not wrong:
-            yield f"{model.prefix} must give the number of routed experts: {', '.join(EXPERT_NAMES[:3])}"
+                yield f"{model.prefix}{key} ({value}) must be at least {least}"
+    if model.keys is not None and not model.gives(*EXPERT_NAMES):
+        yield f"{model.prefix}{_declared_name(model, EXPERT_NAMES)} is missing: give the number of routed experts"
+    if model.keys is not None and not model.gives(*TOP_K_NAMES):
+        yield f"{model.prefix}{_declared_name(model, TOP_K_NAMES)} is missing: give the number of experts a token"
 
 
 def expert_choice(settings: Settings) -> Iterator[str]:
     """Top-k within the experts, and within the chosen groups (arXiv:2412.19437: a group's score sums its top two)."""
     model = _model(settings)
-    experts_label, experts = _positive(model.find(*EXPERT_NAMES))
-    top_k_label, top_k = _positive(model.find(*TOP_K_NAMES))
+    experts_label, experts = model.at_least_1(*EXPERT_NAMES)
+    top_k_label, top_k = model.at_least_1(*TOP_K_NAMES)
     if top_k > experts:
         yield f"{top_k_label} must be at most {experts_label}"
-    group_label, groups = _positive(model.find("n_group"))
-    chosen_label, chosen = _positive(model.find("topk_group"))
+    group_label, groups = model.at_least_1("n_group")
+    chosen_label, chosen = model.at_least_1("topk_group")
     if chosen > groups:
         yield f"{chosen_label} must be at most {group_label}"
     if groups == 1:
@@ -225,35 +237,35 @@ def expert_layers(settings: Settings) -> Iterator[str]:
     if model.given.get("mlp_layer_types") is not None:
         return  # says itself which layers are sparse
     dense_label, dense = model.find("first_k_dense_replace")
-    layers_label, layers = _positive(model.find("num_hidden_layers"))
+    layers_label, layers = model.at_least_1("num_hidden_layers")
     if dense >= layers:
         yield f"{dense_label} must be less than {layers_label}: without a layer of experts there is nothing to balance"
 
 
 def attention_heads(settings: Settings) -> Iterator[str]:
     model = _model(settings)
-    label, heads = _positive(model.find("num_attention_heads"))
-    groups_label, groups = _positive(model.find("num_key_value_heads"))
+    label, heads = model.at_least_1("num_attention_heads")
+    groups_label, groups = model.at_least_1("num_key_value_heads")
     if heads % groups:
         yield f"{label} must be divisible by {groups_label}: set num_key_value_heads to {heads} or a divisor of it"
 
 
 def expert_shards(settings: Settings) -> Iterator[str]:
     ep_degree = settings("parallel.ep_degree")
-    label, experts = _positive(_model(settings).find(*EXPERT_NAMES))
+    label, experts = _model(settings).at_least_1(*EXPERT_NAMES)
     yield from _divisible(label, experts, f"parallel.ep_degree ({ep_degree})", ep_degree)
 
 
 def vocabulary(settings: Settings) -> Iterator[str]:
     tokenizer = settings("data.tokenizer")
-    label, size = _positive(_model(settings).find("vocab_size"))
+    label, size = _model(settings).at_least_1("vocab_size")
     if tokenizer == "bytes" and size < BYTES_VOCAB:
         yield f"{label} must be at least {BYTES_VOCAB} for data.tokenizer ('bytes'): 256 bytes and the end of document"
 
 
 def positions(settings: Settings) -> Iterator[str]:
     length = settings("data.sequence_length")
-    label, positions = _positive(_model(settings).find("max_position_embeddings"))
+    label, positions = _model(settings).at_least_1("max_position_embeddings")
     if length > positions:
         yield f"data.sequence_length ({length}) must be at most {label}"
 
@@ -338,10 +350,8 @@ RULES: tuple[Callable[[Settings], Iterator[str]], ...] = (
 )
 
 
-def _positive(found: tuple[str, int]) -> tuple[str, int]:
-    if found[1] < 1:
-        raise UnsettledError(found[0])  # a problem of its own
-    return found
+def _declared_name(model: Model, names: tuple[str, ...]) -> str:
+    return next((name for name in names if model.keys and name in model.keys.kinds), names[0])
 
 
 def _is_whole(value: Any) -> bool:

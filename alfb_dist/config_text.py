@@ -85,12 +85,27 @@ def to_toml(tables: dict[str, Any], name: str = "") -> str:
     """Return nested tables of plain values as TOML text that reads back equal."""
     plain = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     lines = [f"[{name}]"] if name else []
-    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    lines += [f"{_key(key)} = {to_value(value)}" for key, value in plain.items()]
     blocks = ["\n".join(lines)] if lines else []
     for key, value in tables.items():
         if isinstance(value, dict):
             blocks.append(to_toml(value, f"{name}.{_key(key)}" if name else _key(key)).rstrip("\n"))
     return "\n\n".join(blocks) + "\n"
+
+
+def to_value(value: Any) -> str:
+    """Return a plain value as TOML writes it."""
+    if value is None:
+        return f'"{_NULL}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(key)} = {to_value(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(to_value(child) for child in value) + "]"
+    return repr(value)
 
 
 def _read_value(text: str) -> Any:
@@ -111,18 +126,4 @@ def _read_nulls(value: Any) -> Any:
 
 
 def _key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _value(key)
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return f'"{_NULL}"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)} = {_value(child)}" for key, child in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(child) for child in value) + "]"
-    return repr(value)
+    return key if _BARE_KEY.fullmatch(key) else to_value(key)

@@ -16,7 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer
@@ -41,7 +41,7 @@ def check_ds_config(ds_config: dict[str, Any]) -> None:
 
 
 def start_without_compiler() -> None:
-    """DeepSpeed's CPU backend starts without compiling its shared-memory operator (a minute, and it needs a compiler)."""
+    """DeepSpeed's CPU backend will not compile its shared-memory operator, which takes a minute and a compiler."""
     if deepspeed.get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -72,7 +72,8 @@ def global_grad_norm(engine: Any) -> float:
             else:
                 dense += square
     # The dense gradients are equal on all ranks up to rounding; their mean makes the norm equal to the last bit.
-    sums = all_sum(torch.stack([dense / grid.world_group.size(), expert * grid.ep_degree / grid.world_group.size()]), grid.world_group)
+    world = grid.world_group.size()
+    sums = all_sum(torch.stack([dense / world, expert * grid.ep_degree / world]), grid.world_group)
     return math.sqrt(total) if math.isfinite(total := float(sums.sum())) else total
 
 
@@ -101,8 +102,16 @@ def _guard_plain_optimizer(engine: Any) -> None:
 
 
 def _guard_bf16_optimizer(engine: Any) -> None:
-    """Without ZeRO in bfloat16: the true norm clips; DeepSpeed's leaves the experts out of it."""
+    """Without ZeRO in bfloat16: the true norm clips, and training starts at Adam's first step.
+
+    DeepSpeed's norm leaves the experts out. To allocate its states it takes a step with zero gradients, which counts in
+    Adam's bias correction and decays the weights; both are undone here.
+    """
     optimizer = engine.optimizer
+    optimizer.optimizer.state.clear()
+    for wide, narrow in zip(optimizer.fp32_groups, optimizer.fp16_groups):
+        for fp32, bf16 in zip(wide, narrow):
+            fp32.data.copy_(bf16.data)
     inner = optimizer.unscale_and_clip_grads
 
     def unscale_and_clip_grads(self: Any, total_norm: Any, apply_scale: bool = True) -> Any:
@@ -114,8 +123,8 @@ def _guard_bf16_optimizer(engine: Any) -> None:
 
 def _mend(engine: Any) -> None:
     if engine.zero_optimization():
-        if hasattr(engine.optimizer, "check_grad_overflow"):
-            engine.optimizer.check_grad_overflow = True
+        if engine.bfloat16_enabled() and hasattr(engine.optimizer, "check_grad_overflow"):
+            engine.optimizer.check_grad_overflow = True  # float32 is checked by its norm
     elif engine.bfloat16_enabled():
         _guard_bf16_optimizer(engine)
     elif not engine.fp16_enabled():
@@ -135,7 +144,7 @@ def initialize(
     timeout_seconds: float = 600,
     **deepspeed_arguments: Any,
 ) -> tuple[Any, Balancer]:
-    """A DeepSpeed engine around the model with its experts sharded, and the Balancer that keeps it balanced; collective.
+    """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
 
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
     ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,

@@ -38,7 +38,12 @@ def _main(fn: Callable[..., Any], rank: int, world: int, folder: str, args: tupl
 
 
 def run_ranks(
-    world: int, fn: Callable[..., Any], *args: Any, folder: Path, timeout_seconds: float = 90, method: str = "forkserver"
+    world: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    folder: Path,
+    timeout_seconds: float = 90,
+    method: str = "forkserver",
 ) -> list[Any]:
     """What `fn(*args)` returned on each of `world` ranks, in rank order.
 
@@ -66,6 +71,9 @@ def run_ranks(
     errors = sorted((float(f.read_text().split("\n", 1)[0]), f) for f in folder.glob("error-*"))
     if errors:
         raise RankError(f"{errors[0][1].name}: {errors[0][1].read_text().split(chr(10), 1)[1]}")
+    died = {r: p.exitcode for r, p in enumerate(ranks) if p.exitcode != 0 and r not in alive}
+    if died:
+        raise RankError(f"ranks died without a word, exit codes {died}")
     if alive:
         raise RankError(f"ranks {alive} were still running after {timeout_seconds} s")
     return [pickle.loads((folder / f"result-{r}").read_bytes()) for r in range(world)]

@@ -34,14 +34,18 @@ class Batches:
         if layout not in get_args(Layout):
             raise ValueError(f"layout ({layout!r}) must be one of {', '.join(get_args(Layout))}")
         if sequence_length < 2:
-            raise ValueError(f"sequence_length ({sequence_length}) must be at least 2: one token to read, one to foretell")
+            raise ValueError(
+                f"sequence_length ({sequence_length}) must be at least 2: one token to read, one to foretell"
+            )
         self.token_file = token_file
         self.sequence_length = sequence_length
         self.layout: Layout = layout
         self.pad_id = token_file.end_id if pad_id is None else pad_id
         self.seed = seed
         if not 0 <= self.pad_id < token_file.vocab_size:
-            raise ValueError(f"pad_id ({self.pad_id}) must be in 0..vocab_size-1, vocab_size is {token_file.vocab_size}")
+            raise ValueError(
+                f"pad_id ({self.pad_id}) must be in 0..vocab_size-1, vocab_size is {token_file.vocab_size}"
+            )
         if self.num_samples < 1:
             raise ValueError(
                 f"{token_file.path}: {token_file.num_tokens} tokens in {token_file.num_documents} documents do not fill "
@@ -55,9 +59,7 @@ class Batches:
             return self.token_file.num_documents
         return self.token_file.num_tokens // self.sequence_length
 
-    def step(
-        self, step: int, global_batch: int, rank: int, world: int, micro_batch: int
-    ) -> list[dict[str, Tensor]]:
+    def step(self, step: int, global_batch: int, rank: int, world: int, micro_batch: int) -> list[dict[str, Tensor]]:
         """The rank's micro-batches of a training step, global_batch / world / micro_batch of them.
 
         Each is {"input_ids", "labels"} of int64 (micro_batch, sequence_length), and an "attention_mask" likewise, 0 on

@@ -6,11 +6,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -60,8 +62,8 @@ def prepare(
     key = _key(documents, encoder, f"{VERSION} {validation_fraction!r} {block_bytes}")
     folder = Path(cache, key)
     if not folder.is_dir():
-        build = _Build(documents, encoder, validation_fraction, block_bytes, progress)
-        _make_folder(folder, build)
+        with _made_aside(folder) as aside:
+            _write(aside, documents, encoder, validation_fraction, block_bytes, progress)
     train, validation = folder / "train.tokens", folder / "validation.tokens"
     with TokenFile(train) as file, TokenFile(validation):
         notes = file.index.notes
@@ -71,12 +73,8 @@ def prepare(
 def split_by_name(names: Sequence[str], validation_fraction: float) -> list[bool]:
     """Whether each document belongs to validation: a matter of its own name, whatever else there is.
 
-    Only where that leaves a side empty is the document nearest to it moved. Raises ValueError for fewer than 2 names.
+    Only where that leaves a side empty is the document nearest to it moved. names: at least 2.
     """
-    if len(names) < 2:
-        raise ValueError(
-            f"{len(names)} documents cannot be split by file into train and validation: give at least 2 text files"
-        )
     hashes = [xxhash.xxh3_64_intdigest(os.fsencode(name)) for name in names]
     chosen = [value < validation_fraction * 2**64 for value in hashes]
     if not any(chosen):
@@ -93,10 +91,98 @@ def _key(documents: Sequence[Document], encoder: Tokenizer, settings: str) -> st
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Build:
-    documents: Sequence[Document]
-    encoder: Tokenizer
-    validation_fraction: float
-    block_bytes: int
-    progress: bool
+@contextmanager
+def _made_aside(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; then it is `folder`, unless another process was first: then that one's stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        try:
+            aside.rename(folder)  # refused by the system if a filled folder stands there
+        except OSError:
+            if not folder.is_dir():
+                raise
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    documents: Sequence[Document],
+    encoder: Tokenizer,
+    validation_fraction: float,
+    block_bytes: int,
+    progress: bool,
+) -> None:
+    """`folder` holds train.tokens and validation.tokens of all documents that are text."""
+    texts, num_empty, num_undecodable = _readable(documents)
+    held_out = dict(zip(texts, split_by_name([d.name for d in texts], validation_fraction)))
+    with ExitStack() as stack:
+        train, validation = (
+            stack.enter_context(
+                TokenWriter(
+                    folder / f"{name}.tokens",
+                    vocab_size=encoder.vocab_size,
+                    end_id=encoder.end_id,
+                    tokenizer=encoder.fingerprint,
+                    block_bytes=block_bytes,
+                )
+            )
+            for name in ("train", "validation")
+        )
+        for document, ids in _encoded(texts, encoder, progress):
+            if len(ids) == 0:  # a tokenizer may drop white space
+                num_empty += 1
+            else:
+                (validation if held_out[document] else train).add(ids)
+        for writer in (train, validation):
+            writer.notes = {"num_empty": num_empty, "num_undecodable": num_undecodable}
+            if writer.num_documents == 0:
+                raise ValueError(f"no token is left for {writer.path.stem} after tokenising {len(texts)} files")
+
+
+def _readable(documents: Sequence[Document]) -> tuple[list[Document], int, int]:
+    """The documents that are text, the number of empty ones and of those that are not UTF-8."""
+    filled = [d for d in documents if d.num_bytes > 0]
+    texts = [d for d in filled if read_text(d) is not None]
+    num_empty, num_undecodable = len(documents) - len(filled), len(filled) - len(texts)
+    if len(texts) < 2:
+        raise ValueError(
+            f"{len(texts)} of the {len(documents)} files found are text ({num_empty} empty, {num_undecodable} not "
+            "UTF-8): train and validation are split by file, give at least 2 text files"
+        )
+    return texts, num_empty, num_undecodable
+
+
+def _encoded(
+    documents: Sequence[Document], encoder: Tokenizer, progress: bool
+) -> Iterator[tuple[Document, NDArray[Any]]]:
+    """Each document with its token ids, in order, while a progress bar counts the bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("tokenising", total=sum(d.num_bytes for d in documents))
+        for group in _groups(documents):
+            yield from zip(group, encoder.encode([_text(d) for d in group]))
+            bar.advance(task, sum(d.num_bytes for d in group))
+
+
+def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """The documents in order, in lists of about _BATCH_BYTES."""
+    group: list[Document] = []
+    for document in documents:
+        group.append(document)
+        if sum(d.num_bytes for d in group) >= _BATCH_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _text(document: Document) -> str:
+    text = read_text(document)
+    if text is None:
+        raise ValueError(f"{document.path} was changed while it was being prepared")
+    return text

@@ -65,16 +65,16 @@ def batch_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDAr
     return shuffled(places % num_samples, epoch + places // num_samples, num_samples, seed)
 
 
-def rank_samples(
-    batch_ids: NDArray[np.int64], rank: int, world: int, micro_batch: int
-) -> list[NDArray[np.int64]]:
+def rank_samples(batch_ids: NDArray[np.int64], rank: int, world: int, micro_batch: int) -> list[NDArray[np.int64]]:
     """The rank's contiguous share of a global batch, as micro-batches of (micro_batch,) samples in order.
 
     The shares of all ranks are the whole batch, each sample once, for any world and micro_batch that divide it.
     Raises ValueError if they do not, or if the rank is not one of the world.
     """
     if world < 1 or micro_batch < 1 or not 0 <= rank < world:
-        raise ValueError(f"rank ({rank}) must be in 0..world-1, world is {world}; micro_batch ({micro_batch}) at least 1")
+        raise ValueError(
+            f"rank ({rank}) must be in 0..world-1, world is {world}; micro_batch ({micro_batch}) at least 1"
+        )
     if len(batch_ids) % (world * micro_batch):
         raise ValueError(
             f"global_batch ({len(batch_ids)}) must be divisible by world * micro_batch ({world} * {micro_batch})"

@@ -70,7 +70,8 @@ def _walk(root: Path, without: Path | None) -> Iterator[tuple[Path, str]]:
     excluded = None if without is None else os.path.realpath(without)
     for folder, subfolders, files in os.walk(root, onerror=_raise):
         subfolders[:] = [
-            name for name in subfolders
+            name
+            for name in subfolders
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) != excluded
         ]
         for file in files:

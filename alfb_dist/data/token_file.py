@@ -31,7 +31,9 @@ HEAD_BYTES = 64
 BLOCK_BYTES = 1 << 20
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ENDS_DTYPE = np.dtype("<u8")
-_HEAD = struct.Struct("<8sIIQQ16s")  # magic, version, zero, index offset, index bytes, index hash; then 16 bytes of hash
+_HEAD = struct.Struct(
+    "<8sIIQQ16s"
+)  # magic, version, zero, index offset, index bytes, index hash; then 16 bytes of hash
 
 
 class TokenFileError(ValueError):

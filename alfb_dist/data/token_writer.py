@@ -37,7 +37,9 @@ class TokenWriter:
         self, path: str | Path, *, vocab_size: int, end_id: int, tokenizer: str, block_bytes: int = BLOCK_BYTES
     ) -> None:
         if not 0 <= end_id < vocab_size <= 1 << 32:
-            raise ValueError(f"end_id ({end_id}) must be in 0..vocab_size-1 and vocab_size ({vocab_size}) at most 2**32")
+            raise ValueError(
+                f"end_id ({end_id}) must be in 0..vocab_size-1 and vocab_size ({vocab_size}) at most 2**32"
+            )
         if block_bytes < 1:
             raise ValueError(f"block_bytes ({block_bytes}) must be at least 1")
         self.path = Path(path)

@@ -1,0 +1,158 @@
+"""What a run says on the terminal: start panel, progress, final table."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from alfb_dist.report.wording import count, decimal, duration
+
+_BAR_FIELDS = ("loss", "max_violation_batch", "tokens_per_second")
+
+
+class RunConsole:
+    """The terminal of one run: a progress bar on a terminal, else one plain line a log interval."""
+
+    def __init__(self, *, progress: bool, total_steps: int, first_step: int, console: Console | None = None) -> None:
+        """Nothing is shown yet. The bar needs `progress` and a terminal."""
+        self._console = console or Console(highlight=False)
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._shown: dict[str, Any] = {}
+        self._progress = self._new_progress() if progress and self._console.is_terminal else None
+        self._task = None if self._progress is None else self._new_task(self._progress)
+
+    def start(self, name: str, facts: list[tuple[str, str]]) -> None:
+        """The run's name and facts stand on the terminal, and the bar runs below them."""
+        if self._console.is_terminal:
+            self._console.print(_start_panel(name, facts))
+        else:
+            self._plain(f"{name}: " + ", ".join(f"{label} {value}" for label, value in facts))
+        if self._progress is not None:
+            self._progress.start()
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """The bar stands at the record's step; without a bar nothing is shown."""
+        self._shown |= {key: record[key] for key in _BAR_FIELDS if record.get(key) is not None}
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record.get("step"), figures=self._bar_figures())
+
+    def step(self, record: dict[str, Any]) -> None:
+        """The record is on the bar, or a line of its own."""
+        self.advance(record)
+        if self._progress is None:
+            self._plain(self._step_line(record))
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """The record is a line of its own."""
+        self._plain(
+            f"step {record.get('step')}  validation loss {decimal(record.get('val_loss'))}  "
+            f"perplexity {count(record.get('val_perplexity'))}  "
+            f"MaxVio_global {decimal(record.get('max_violation_global'))}"
+        )
+
+    def message(self, text: str) -> None:
+        """The text stands above the bar."""
+        self._plain(text)
+
+    def close(self, name: str, rows: list[tuple[str, str]]) -> None:
+        """The bar is gone and the rows stand as a table."""
+        self.stop()
+        self._console.print(_final_table(name, rows, plain=not self._console.is_terminal))
+
+    def stop(self) -> None:
+        """The bar no longer runs and the cursor is back; a second call changes nothing."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _plain(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)  # as Text: square brackets are no markup
+
+    def _new_progress(self) -> Progress:
+        return Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            expand=True,
+            refresh_per_second=4,
+        )
+
+    def _new_task(self, progress: Progress) -> Any:
+        return progress.add_task("train", total=self._total_steps, completed=self._first_step, figures="")
+
+    def _bar_figures(self) -> str:
+        loss, violation, rate = (self._shown.get(key) for key in _BAR_FIELDS)
+        parts = [("loss", decimal(loss)), ("MaxVio", decimal(violation, 2)), ("tok/s", count(rate))]
+        return "  ".join(f"{label} [bold]{value}[/bold]" for label, value in parts if value not in ("-", "None"))
+
+    def _step_line(self, record: dict[str, Any]) -> str:
+        step = record.get("step", self._first_step)
+        width = len(str(self._total_steps))
+        skipped = f"  skipped {record['skipped']}" if record.get("skipped") else ""
+        return (
+            f"step {step:>{width}}/{self._total_steps}  loss {decimal(record.get('loss'))}  "
+            f"MaxVio {decimal(record.get('max_violation_batch'), 2)}  "
+            f"{count(record.get('tokens_per_second'))} tokens/s  ETA {duration(self._remaining(step))}{skipped}"
+        )
+
+    def _remaining(self, step: int) -> float:
+        """Seconds to the last step at the mean speed so far, NaN before the first step."""
+        done = step - self._first_step
+        return (time.monotonic() - self._started) / done * (self._total_steps - step) if done > 0 else math.nan
+
+
+def result_rows(figures: dict[str, Any], files: dict[str, Path | None]) -> list[tuple[str, str]]:
+    """(label, value) of the final table from the run's key figures; a figure that is missing has no row."""
+    rows = [
+        ("training loss, first -> last", _pair(figures, "first_loss", "last_loss")),
+        ("validation loss", _one(figures, "val_loss")),
+        ("validation perplexity", _one(figures, "val_perplexity", 2)),
+        ("unigram entropy, for comparison", _one(figures, "unigram_entropy")),
+        ("MaxVio_batch, early peak -> now", _pair(figures, "max_violation_batch_peak", "max_violation_batch_last")),
+        ("MaxVio_global, validation", _one(figures, "max_violation_global")),
+        ("tokens/s, median", count(figures["tokens_per_second"]) if "tokens_per_second" in figures else ""),
+        ("total time", duration(figures["total_seconds"]) if "total_seconds" in figures else ""),
+    ]
+    places = [(label, "" if path is None else os.path.relpath(path)) for label, path in files.items()]
+    return [(label, value) for label, value in rows + places if value]
+
+
+def _one(figures: dict[str, Any], key: str, decimals: int = 3) -> str:
+    return decimal(figures[key], decimals) if key in figures else ""
+
+
+def _pair(figures: dict[str, Any], first: str, last: str) -> str:
+    return f"{decimal(figures[first])} -> {decimal(figures[last])}" if first in figures and last in figures else ""
+
+
+def _start_panel(name: str, facts: list[tuple[str, str]]) -> Panel:
+    body = Text()
+    for index, (label, value) in enumerate(facts):
+        body.append("  ·  " if index else "")
+        body.append(f"{label} ", style="dim")
+        body.append(value)
+    return Panel(body, title=Text(name, style="bold"), title_align="left", border_style="cyan", box=box.ROUNDED)
+
+
+def _final_table(name: str, rows: list[tuple[str, str]], *, plain: bool) -> Table:
+    shape = None if plain else box.ROUNDED
+    table = Table(title=Text(name, style="bold"), title_justify="left", box=shape, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(Text(label), Text(value))
+    return table

@@ -1,0 +1,48 @@
+"""What a configuration says about size and rule, in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from alfb_dist.report.wording import count
+
+_FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("model", ("model_type", "architecture", "family")),
+    ("parameters", ("num_parameters", "parameters", "total_parameters")),
+    ("active parameters", ("num_active_parameters", "active_parameters")),
+    ("layers", ("num_hidden_layers", "num_layers")),
+    ("hidden size", ("hidden_size",)),
+    ("routed experts", ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")),
+    ("experts per token", ("num_experts_per_tok", "top_k", "moe_k")),
+    ("shared experts", ("n_shared_experts", "num_shared_experts")),
+    ("expert-parallel degree", ("ep_degree",)),
+    ("ranks", ("world_size", "world")),
+    ("balance rule", ("rule",)),
+    ("bias rate", ("rate",)),
+    ("steps", ("steps", "total_steps")),
+    ("tokens a step", ("tokens_per_step", "global_batch_tokens")),
+    ("sequence length", ("sequence_length", "seq_len", "max_position_embeddings")),
+)
+_COUNTED = {"parameters", "active parameters", "tokens a step"}
+
+
+def model_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, value) for each fact found in the configuration at any depth; the first of several names counts."""
+    leaves = dict(reversed(list(flatten(config))))
+    by_name = {path.rsplit(".", 1)[-1]: value for path, value in leaves.items()}
+    facts = []
+    for label, names in _FACTS:
+        value = next((by_name[name] for name in names if by_name.get(name) not in (None, "")), None)
+        if value is not None:
+            facts.append((label, count(value) if label in _COUNTED else str(value)))
+    return facts
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf, in the configuration's order."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

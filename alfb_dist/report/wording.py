@@ -1,0 +1,36 @@
+"""Numbers and durations in few characters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def count(value: Any, digits: int = 3) -> str:
+    """A number to `digits` digits: 950, 12.3k, 4.56M, 671B; other values as they print."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return str(value)
+    for size, unit in _UNITS:
+        if abs(value) >= size * (1 - 0.5 * 10**-digits):  # what would be rounded up to the unit takes the unit
+            scaled = value / size
+            decimals = max(0, digits - len(f"{abs(scaled):.0f}"))
+            return f"{scaled:.{decimals}f}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def decimal(value: Any, decimals: int = 3) -> str:
+    """A number with fixed decimals, "-" if there is none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{value:.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss under an hour; "-" if unknown."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,10 @@
+"""The entry point for launchers: `deepspeed launch/train.py --config configs/demo.toml`. The same as `alfb train`."""
+
+from __future__ import annotations
+
+import sys
+
+from alfb_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
