@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -18,10 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from alfb_dist.config_rules import Settings, problems
-from alfb_dist.config_text import ConfigError, apply_overrides, nearest, read_toml, to_toml, to_value
+from alfb_dist.config_model import MODEL_RULES
+from alfb_dist.config_rules import TABLE_RULES, Settings, problems, unknown_key
+from alfb_dist.config_text import ConfigError, apply_overrides, nearest, read_toml, shown, to_toml, to_value
 
 __all__ = ["Config", "ConfigError", "config_to_toml", "describe_fields", "load_config"]
+
+RULES = (*MODEL_RULES, *TABLE_RULES)
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], Field(strict=False)]  # not strict: TOML has lists, no tuples
@@ -36,55 +38,74 @@ class RunConfig(_Table):
     """Where a run is kept, and how its processes start."""
 
     name: str = Field(
-        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="name of the run and its folder"
+        default="run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="name of the run and its folder",
     )
-    folder: Name = Field("runs", description="folder that holds the run folders")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, of the order of samples and of everything else")
-    resume: bool = Field(False, description="go on from the newest good checkpoint of the run; else a new run folder")
-    timeout_seconds: float = Field(600.0, gt=0, le=604_800, description="longest wait of every collective")
+    folder: Name = Field(default="runs", description="folder that holds the run folders")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="seed of weights, of the order of samples and of everything else"
+    )
+    resume: bool = Field(
+        default=False, description="go on from the newest good checkpoint of the run; else a new run folder"
+    )
+    timeout_seconds: float = Field(default=600.0, gt=0, le=604_800, description="longest wait of every collective")
 
 
 class ModelConfig(_Table):
     """The model: a transformers family with its configuration, or a folder with a pretrained one."""
 
-    family: Name = Field("deepseek_v3", description="transformers model_type; with `path` that of the folder counts")
+    family: Name = Field(
+        default="deepseek_v3", description="transformers model_type; with `path` that of the folder counts"
+    )
     config: dict[str, JsonValue] = Field(
         default_factory=dict, description='arguments of the transformers configuration class; "null" for None'
     )
-    path: str = Field("", description="folder of a pretrained transformers model, instead of `config`")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of weights and activations")
+    path: str = Field(default="", description="folder of a pretrained transformers model, instead of `config`")
+    attention: Literal["sdpa", "eager"] = Field(default="sdpa", description="attention implementation of transformers")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and activations")
 
 
 class ParallelConfig(_Table):
     """How ranks share the model."""
 
-    ep_degree: int = Field(1, ge=1, description="ranks that share the experts of a layer; divides ranks and experts")
+    ep_degree: int = Field(
+        default=1, ge=1, description="ranks that share the experts of a layer; divides ranks and experts"
+    )
 
 
 class BalanceConfig(_Table):
     """How the routing bias follows the load (arXiv:2408.15664), and the losses to compare with."""
 
-    rule: Literal["sign", "proportional", "rms"] = Field("sign", description="update rule of the bias")
-    rate: float = Field(0.001, ge=0, le=1, description="score units per optimizer step; 0 freezes the bias")
-    centered: bool = Field(False, description="take the mean out of every update")
-    warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises linearly from 0")
-    zero_at_step: int | None = Field(None, ge=1, description="step from which on the rate is 0")
-    sequence_loss_alpha: float = Field(0.0, ge=0, le=1, description="weight of DeepSeek-V3's sequence-wise loss")
-    batch_loss_alpha: float = Field(0.0, ge=0, le=1, description="weight of the classical auxiliary loss")
+    rule: Literal["sign", "proportional", "rms"] = Field(default="sign", description="update rule of the bias")
+    rate: float = Field(default=0.001, ge=0, le=1, description="score units per optimizer step; 0 freezes the bias")
+    centered: bool = Field(default=False, description="take the mean out of every update")
+    warmup_steps: int = Field(default=0, ge=0, description="steps in which the rate rises linearly from 0")
+    zero_at_step: int | None = Field(default=None, ge=1, description="step from which on the rate is 0")
+    sequence_loss_alpha: float = Field(
+        default=0.0, ge=0, le=1, description="weight of DeepSeek-V3's sequence-wise loss"
+    )
+    batch_loss_alpha: float = Field(default=0.0, ge=0, le=1, description="weight of the classical auxiliary loss")
 
 
 class OptimizerConfig(_Table):
     """AdamW and the schedule of its learning rate."""
 
     lr: float = Field(gt=0, le=10, description="peak learning rate")
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field((0.9, 0.95), description="decay of both moments")
-    eps: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled weight decay")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 for no limit")
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="course of the learning rate after that")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate as a part of the peak (cosine)")
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        default=(0.9, 0.95), description="decay of both moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.1, ge=0, le=10, description="decoupled weight decay")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for no limit")
+    warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises linearly")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine", description="course of the learning rate after that"
+    )
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="last learning rate as a part of the peak (cosine)"
+    )
 
 
 class DataConfig(_Table):
@@ -93,12 +114,16 @@ class DataConfig(_Table):
     source: Names = Field(
         min_length=1, description='folders, text files or token files; "python-stdlib": Python\'s own sources'
     )
-    tokenizer: Name = Field("bytes", description='"bytes", a tokenizer.json, or a transformers tokenizer folder')
+    tokenizer: Name = Field(
+        default="bytes", description='"bytes", a tokenizer.json, or a transformers tokenizer folder'
+    )
     sequence_length: int = Field(ge=2, le=2**24, description="tokens a sequence")
-    layout: Literal["packed", "padded"] = Field("packed", description="documents joined, or one padded one a sequence")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="part of the files kept for validation")
-    validation_source: Names = Field((), description="validation text; empty: split off `source`")
-    cache: Name = Field("data-cache", description="folder of prepared token files")
+    layout: Literal["packed", "padded"] = Field(
+        default="packed", description="documents joined, or one padded one a sequence"
+    )
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="part of the files kept for validation")
+    validation_source: Names = Field(default=(), description="validation text; empty: split off `source`")
+    cache: Name = Field(default="data-cache", description="folder of prepared token files")
 
 
 class TrainConfig(_Table):
@@ -108,25 +133,25 @@ class TrainConfig(_Table):
     global_batch: int = Field(ge=1, description="sequences per optimizer step over all ranks")
     micro_batch: int = Field(ge=1, description="sequences per rank and forward pass")
     activation_checkpointing: Literal["none", "reentrant", "non-reentrant"] = Field(
-        "none", description="recompute each layer in backward instead of keeping its activations"
+        default="none", description="recompute each layer in backward instead of keeping its activations"
     )
-    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    eval_sequences: int = Field(64, ge=1, description="sequences of one evaluation over all ranks")
-    checkpoint_interval: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    max_skipped_steps: int = Field(20, ge=1, description="skipped steps in a row that end the run")
+    eval_interval: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_sequences: int = Field(default=64, ge=1, description="sequences of one evaluation over all ranks")
+    checkpoint_interval: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
+    max_skipped_steps: int = Field(default=20, ge=1, description="skipped steps in a row that end the run")
 
 
 class ReportConfig(_Table):
     """What a run tells, where and how often."""
 
-    log_interval: int = Field(1, ge=1, description="steps between lines of metrics")
-    progress: bool = Field(True, description="a progress bar on the console")
+    log_interval: int = Field(default=1, ge=1, description="steps between lines of metrics")
+    progress: bool = Field(default=True, description="a progress bar on the console")
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description='"auto": online if an account is configured, else offline'
+        default="auto", description='"auto": online if an account is configured, else offline'
     )
-    wandb_project: Name = Field("alfb_dist", max_length=128, description="project on Weights & Biases")
-    html: bool = Field(True, description="write report.html at the end")
+    wandb_project: Name = Field(default="alfb_dist", max_length=128, description="project on Weights & Biases")
+    html: bool = Field(default=True, description="write report.html at the end")
 
 
 TABLES: dict[str, type[_Table]] = {
@@ -158,13 +183,13 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Config:
-        if found := problems(Settings(self.model_dump())):
+        if found := problems(Settings(self.model_dump()), RULES):
             raise ConfigError(*found)
         return self
 
     def gradient_accumulation(self, world_size: int) -> int:
         """Return the micro-batches per optimizer step and rank. Raises ConfigError if the batch does not split."""
-        _refuse(problems(Settings(self.model_dump(), world_size=world_size)))
+        _refuse(problems(Settings(self.model_dump(), world_size=world_size), RULES))
         return self.train.global_batch // (self.train.micro_batch * world_size)
 
     def hash(self) -> str:
@@ -186,15 +211,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, world_size: 
     try:
         config = Config.model_validate(tables)
     except ValidationError as error:
-        # The error at () is that of _holds_together, whose rules are all asked again below.
-        details = [detail for detail in error.errors(include_url=False) if detail["loc"]]
+        details = _deepest(error.errors(include_url=False))
         found += [_explain(detail) for detail in details]
         bad = {".".join(str(part) for part in detail["loc"][:2]) for detail in details}
         bad |= {str(detail["loc"][0]) for detail in details if detail["loc"][0] == "deepspeed"}
     resolved = _with_defaults(tables)
     pretrained, unreadable = _read_pretrained(resolved)
     found += unreadable
-    found += problems(Settings(resolved, frozenset(bad), world_size, pretrained))
+    found += problems(Settings(resolved, frozenset(bad), world_size, pretrained), RULES)
     _refuse(found)
     assert config is not None, "a configuration that pydantic refused has a problem to show"
     return config
@@ -223,8 +247,8 @@ def _kind(field: FieldInfo) -> str:
         return " or ".join(to_value(choice) for choice in get_args(annotation))
     if get_origin(annotation) is UnionType:
         return " or ".join("null" if kind is type(None) else kind.__name__ for kind in get_args(annotation))
-    origin = get_origin(annotation) or annotation
-    return {tuple: "list", dict: "table"}.get(origin, getattr(origin, "__name__", str(origin)))
+    name = getattr(get_origin(annotation) or annotation, "__name__", str(annotation))
+    return {"tuple": "list", "dict": "table"}.get(name, name)
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -260,13 +284,21 @@ def _read_pretrained(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return {}, [f"model.path ({path!r}) must be a folder with a transformers config.json: {error}"]
-    return (values, []) if isinstance(values, dict) else ({}, [f"model.path ({path!r}): {file} holds no JSON object"])
+        return {}, [f"model.path ({shown(path)}) must be a folder with a transformers config.json: {error}"]
+    return (
+        (values, []) if isinstance(values, dict) else ({}, [f"model.path ({shown(path)}): {file} holds no JSON object"])
+    )
+
+
+def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Drop what follows from an error further down, and the rules of the whole, which `load_config` asks itself."""
+    inner = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    return [detail for detail in details if detail["loc"] and detail["loc"] not in inner]
 
 
 def _explain(detail: ErrorDetails) -> str:
     """Return one of pydantic's findings as a line: key path, value, rule and what to do."""
-    loc, kind, value = detail["loc"], detail["type"], reprlib.repr(detail["input"])
+    loc, kind, value = detail["loc"], detail["type"], shown(detail["input"])
     path = _path(loc)
     model = TABLES.get(str(loc[0]))
     field = model.model_fields.get(str(loc[1])) if model and len(loc) > 1 else None
@@ -281,7 +313,7 @@ def _explain(detail: ErrorDetails) -> str:
     rule = re.sub(r"^\w+ should ", "", detail["msg"]).replace("valid tuple", "list").replace(" after validation", "")
     choices = re.findall("'([^']*)'", detail["msg"]) if kind == "literal_error" else []
     near = nearest(str(detail["input"]), choices)
-    hint = f"; did you mean {near!r}?" if near else f" ({field.description})" if field else ""
+    hint = f"; did you mean {shown(near)}?" if near else f" ({field.description})" if field else ""
     return f"{path} ({value}) must {rule}{hint}"
 
 
@@ -297,10 +329,6 @@ def _unknown_key(path: str, parts: list[str]) -> str:
     *parents, key = parts
     names = list(TABLES[parents[0]].model_fields) if parents else list(Config.model_fields)
     elsewhere = [f"{table}.{key}" for table, model in TABLES.items() if key in model.model_fields]
-    where = f"of [{parents[0]}]" if parents else "of a configuration"
-    near = nearest(key, names)
     if elsewhere:
-        return f"{path} is no key {where}; did you mean {' or '.join(elsewhere)}?"
-    if near:
-        return f"{path} is no key {where}; did you mean {'.'.join([*parents, near])}?"
-    return f"{path} is no key {where}; keys: {', '.join(names)}"
+        return f"{path} is no key; did you mean {' or '.join(elsewhere)}?"
+    return unknown_key(path, key, names, f"of [{parents[0]}]" if parents else "of a configuration")

@@ -15,28 +15,21 @@ from pathlib import Path
 from typing import Any
 
 # DeepSpeed's top-level keys by the kind of value they take.
-DEEPSPEED_KEYS: dict[str, str] = {
-    **dict.fromkeys(
-        """disable_allgather disable_python_gc dump_state dataloader_drop_last managed_gradient_accumulation
+_DEEPSPEED = {
+    "bool": """dataloader_drop_last disable_allgather disable_python_gc dump_state managed_gradient_accumulation
         memory_breakdown prescale_gradients use_data_before_expert_parallelism wall_clock_breakdown
-        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split(),
-        "bool",
-    ),
-    **dict.fromkeys("sequence_parallel_size steps_per_print vocabulary_size".split(), "int"),
-    "gradient_predivide_factor": "float",
-    **dict.fromkeys(
-        "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type".split(), "str"
-    ),
-    **dict.fromkeys(
-        """activation_checkpointing aio autotuning checkpoint comet comms_logger compile csv_monitor data_efficiency
-        data_types datastates_ckpt flops_profiler hybrid_engine pipeline tensor_parallel tensorboard timers
-        torch_autocast wandb weight_quantization zero_optimization""".split(),
-        "table",
-    ),
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""",
+    "int": "sequence_parallel_size steps_per_print vocabulary_size",
+    "float": "gradient_predivide_factor",
+    "str": "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type",
+    "table": """activation_checkpointing aio autotuning checkpoint comet comms_logger compile csv_monitor
+        data_efficiency data_types datastates_ckpt flops_profiler hybrid_engine pipeline tensor_parallel tensorboard
+        timers torch_autocast wandb weight_quantization zero_optimization""",
 }
+DEEPSPEED_KEYS = {key: kind for kind, keys in _DEEPSPEED.items() for key in keys.split()}
 
 # DeepSpeed keys that alfb_dist sets itself, and the key of ours that decides each.
-DERIVED_KEYS: dict[str, str] = {
+DERIVED_KEYS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
@@ -49,25 +42,24 @@ DERIVED_KEYS: dict[str, str] = {
     "expert_parallel": "parallel.ep_degree (expert parallelism is alfb_dist's own here)",
 }
 
-# Keys of deepspeed.zero_optimization by kind. The ones from DeepSpeed's third stage have a short and a long name.
-_STAGE3_INTS = """max_live_parameters max_reuse_distance model_persistence_threshold module_granularity_threshold
-    param_persistence_threshold prefetch_bucket_size""".split()
-_STAGE3_BOOLS = "allgather_sequential gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params".split()
-ZERO_KEYS: dict[str, str] = {
-    "stage": "int",
-    **dict.fromkeys("allgather_bucket_size reduce_bucket_size sub_group_size zero_hpz_partition_size".split(), "int"),
-    **dict.fromkeys(
-        """allgather_partitions compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param
+# Keys of deepspeed.zero_optimization by kind. Those for its third stage may go without their prefix stage3_.
+_ZERO = {
+    "int": "stage allgather_bucket_size reduce_bucket_size sub_group_size zero_hpz_partition_size",
+    "bool": """allgather_partitions compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param
         cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks ignore_unused_parameters legacy_stage1
         load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear overlap_comm override_module_apply
         parameter_alignment pipeline_loading_checkpoint reduce_scatter round_robin_gradients
         save_muon_momentum_buffer_in_memory stage3_gather_fp16_weights_on_model_save use_multi_rank_bucket_allreduce
-        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""".split(),
-        "bool",
-    ),
-    **dict.fromkeys(_STAGE3_INTS + [f"stage3_{name}" for name in _STAGE3_INTS], "int"),
-    **dict.fromkeys(_STAGE3_BOOLS + [f"stage3_{name}" for name in _STAGE3_BOOLS], "bool"),
-    **dict.fromkeys("leaf_module offload_optimizer offload_param zenflow".split(), "table"),
+        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""",
+    "table": "leaf_module offload_optimizer offload_param zenflow",
+}
+_ZERO_3 = {
+    "int": """max_live_parameters max_reuse_distance model_persistence_threshold module_granularity_threshold
+        param_persistence_threshold prefetch_bucket_size""",
+    "bool": "allgather_sequential gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params",
+}
+ZERO_KEYS = {key: kind for kind, keys in _ZERO.items() for key in keys.split()} | {
+    prefix + key: kind for kind, keys in _ZERO_3.items() for key in keys.split() for prefix in ("", "stage3_")
 }
 
 # The names under which families keep the number of routed experts, and of experts a token.
@@ -102,7 +94,9 @@ class FamilyKeys:
 @lru_cache(maxsize=8)
 def family_keys(family: str) -> FamilyKeys | None:
     """Return what the configuration class with `model_type == family` declares; None if transformers has none."""
-    folders = [family, family.replace("-", "_"), re.sub("_text$", "", family)]
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", family):
+        return None  # must not lead to another folder
+    folders = [family, family.replace("-", "_"), family.removesuffix("_text")]
     for folder in dict.fromkeys(folders):
         for path in sorted((_models_folder() / folder).glob("configuration_*.py")):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:

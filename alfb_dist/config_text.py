@@ -84,7 +84,7 @@ def apply_overrides(tables: dict[str, Any], overrides: Sequence[str]) -> list[st
 def to_toml(tables: dict[str, Any], name: str = "") -> str:
     """Return nested tables of plain values as TOML text that reads back equal."""
     plain = {key: value for key, value in tables.items() if not isinstance(value, dict)}
-    lines = [f"[{name}]"] if name else []
+    lines = [f"[{name}]"] if name and (plain or not tables) else []
     lines += [f"{_key(key)} = {to_value(value)}" for key, value in plain.items()]
     blocks = ["\n".join(lines)] if lines else []
     for key, value in tables.items():
@@ -106,6 +106,12 @@ def to_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(to_value(child) for child in value) + "]"
     return repr(value)
+
+
+def shown(value: Any) -> str:
+    """Return a value as TOML, cut to what fits into a line of a message."""
+    text = to_value(value)
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
 
 
 def _read_value(text: str) -> Any:

@@ -7,7 +7,6 @@ not finite is skipped at every ZeRO stage and in float32 too.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import types
@@ -21,38 +20,15 @@ from torch import nn
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer
 from alfb_dist.collectives import all_sum
+from alfb_dist.ds_config import check_ds_config, with_defaults
 from alfb_dist.moe import sharded_experts
 from alfb_dist.parallelize import parallelize
-
-
-def check_ds_config(ds_config: dict[str, Any]) -> None:
-    """Nothing, or ValueError naming the key that expert parallelism cannot go with."""
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise ValueError(
-            f"zero_optimization.stage must be 0, 1 or 2, got {stage}: stage 3 partitions parameters that expert "
-            "parallelism shards already; use stage 1 or 2 and a larger ep_degree"
-        )
-    if ds_config.get("expert_parallel", {}).get("enabled"):
-        raise ValueError("expert_parallel.enabled must be off: the experts are sharded by alfb_dist (ep_degree)")
-    for key in ("use_data_before_expert_parallelism", "use_data_before_expert_parallel"):
-        if ds_config.get(key):
-            raise ValueError(f"{key} must be off: alfb_dist lays ranks out expert-parallel first")
 
 
 def start_without_compiler() -> None:
     """DeepSpeed's CPU backend will not compile its shared-memory operator, which takes a minute and a compiler."""
     if deepspeed.get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which Adam on CPU is torch's, whose default DeepSpeed would compile its own."""
-    config = copy.deepcopy(ds_config)
-    optimizer = config.get("optimizer", {})
-    if deepspeed.get_accelerator().device_name() == "cpu" and optimizer.get("type", "").lower() in ("adam", "adamw"):
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
-    return config
 
 
 def global_grad_norm(engine: Any) -> float:
@@ -162,7 +138,7 @@ def initialize(
         timeout_seconds=timeout_seconds,
     )
     start_without_compiler()
-    engine = deepspeed.initialize(model=model, config=_with_defaults(ds_config), **deepspeed_arguments)[0]
+    engine = deepspeed.initialize(model=model, config=with_defaults(ds_config), **deepspeed_arguments)[0]
     _mend(engine)
     return engine, Balancer(engine, rule=rule, rate=rate, centered=centered)
 

@@ -6,7 +6,8 @@ transformers' own hooks stay as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,7 @@ class BalancedGate(nn.Module):
     batch: Batch
     aux: AuxLosses
     pending_load_E: Tensor | None  # int64: tokens of this rank since the last optimizer step
+    measured_load_E: Tensor | None  # int64: tokens of this rank seen by `measure_loads`, or None outside of it
 
     @property
     def bias_E(self) -> Tensor:
@@ -89,10 +91,12 @@ class BalancedGate(nn.Module):
             output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         else:
             output = self._route(hidden_states, self.spec)
-        if not (self.training and torch.is_grad_enabled()):
-            return output
         logits_TE, weights_TK, ids_TK = output
-        return logits_TE, self._observe(logits_TE, weights_TK, ids_TK), ids_TK
+        if self.training and torch.is_grad_enabled():
+            return logits_TE, self._observe(logits_TE, weights_TK, ids_TK), ids_TK
+        if self.measured_load_E is not None:
+            self.measured_load_E = self.measured_load_E + self._load(ids_TK, self.batch.mask_T(ids_TK.shape[0]))
+        return output
 
     def _route(self, hidden_states: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -101,11 +105,13 @@ class BalancedGate(nn.Module):
         ids_TK = choose_experts(scores_TE.detach(), self.bias_E, spec)
         return logits_TE, combine_weights(scores_TE, ids_TK, spec), ids_TK
 
-    def _observe(self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        num_experts = logits_TE.shape[-1]
-        mask_T = self.batch.mask_T(ids_TK.shape[0])
+    def _load(self, ids_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         counted = ids_TK if mask_T is None else ids_TK[mask_T]
-        load_E = torch.bincount(counted.flatten(), minlength=num_experts)
+        return torch.bincount(counted.flatten(), minlength=self.bias_E.numel())
+
+    def _observe(self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        mask_T = self.batch.mask_T(ids_TK.shape[0])
+        load_E = self._load(ids_TK, mask_T)
         if not weights_TK.requires_grad:  # a frozen router on frozen inputs: its backward has to run all the same
             weights_TK = weights_TK.detach().requires_grad_()
         weights_TK = _CommitLoad.apply(weights_TK, self, load_E)
@@ -188,9 +194,25 @@ def balance_gate(gate: nn.Module, bias_name: str, batch: Batch, aux: AuxLosses) 
         name = type(gate).__name__
         gate.__class__ = type(f"Balanced{name}", (BalancedGate, type(gate)), {"__module__": __name__})
         assert isinstance(gate, BalancedGate)
-        gate.spec, gate.bias_name, gate.pending_load_E = spec, bias_name, None
+        gate.spec, gate.bias_name = spec, bias_name
+        gate.pending_load_E = gate.measured_load_E = None
         gate.bias_E.data = gate.bias_E.data.float()
     if aux.on and gate.spec is None:
         raise ValueError(f"auxiliary losses need the scores of the gate, which {type(gate).__name__} does not show")
     gate.batch, gate.aux = batch, aux
     return gate
+
+
+@contextmanager
+def measure_loads(gates: list[BalancedGate]) -> Iterator[Callable[[], Tensor]]:
+    """Within the context, forwards that do not train are counted; call what it yields for this rank's load_LE so far.
+
+    Such loads never reach a bias update. Padding is left out as in training.
+    """
+    for gate in gates:
+        gate.measured_load_E = torch.zeros(gate.bias_E.numel(), dtype=torch.int64, device=gate.bias_E.device)
+    try:
+        yield lambda: torch.stack([gate.measured_load_E for gate in gates if gate.measured_load_E is not None])
+    finally:
+        for gate in gates:
+            gate.measured_load_E = None

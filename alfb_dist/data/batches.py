@@ -48,8 +48,9 @@ class Batches:
             )
         if self.num_samples < 1:
             raise ValueError(
-                f"{token_file.path}: {token_file.num_tokens} tokens in {token_file.num_documents} documents do not fill "
-                f"one {layout} sample of sequence_length ({sequence_length}): give more text or a shorter sequence_length"
+                f"{token_file.path}: {token_file.num_tokens} tokens in {token_file.num_documents} documents do not "
+                f"fill one {layout} sample of sequence_length ({sequence_length}): "
+                "give more text or a shorter sequence_length"
             )
 
     @property
@@ -74,7 +75,8 @@ class Batches:
         """The rank's micro-batches of the first num_sequences samples (of all, if there are fewer), in file order.
 
         Every rank yields as many, all of them with an "attention_mask": where the samples do not come out even, rows of
-        padding alone (mask 0, labels -100) fill up the last ones, so that each sample counts exactly once.
+        padding alone (mask 0, labels -100) fill up the last ones, so that each sample counts exactly once. A
+        micro-batch of such rows alone has no label, and a mean loss over it is NaN: add up losses and label counts.
         Raises ValueError if a number is out of range.
         """
         if num_sequences < 1:

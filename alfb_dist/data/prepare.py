@@ -49,10 +49,10 @@ def prepare(
     sources: see `find_documents`; one file is one document. tokenizer, end_token: see `load_tokenizer`.
     validation_fraction: the share of documents, between 0 and 1, that goes to validation, chosen by document name.
     progress: show a progress bar on standard error. block_bytes: bytes per hash in the token files.
-    What is found in the cache depends on the sources' names, sizes and times of change, the tokenizer and the
-    fraction. Files that are empty or not UTF-8 are left out and counted. No collective: call it on one rank, or on any number
-    of processes at once, which end up with the same files. Raises ValueError if a source is missing or there are not
-    at least two documents, TokenFileError if the cached files are damaged.
+    What is found in the cache depends on the sources' names, sizes and times of change, the tokenizer and the fraction.
+    Files that are empty or not UTF-8 are left out and counted. No collective: call it on one rank, or on any number of
+    processes at once, which end up with the same files. Raises ValueError if a source is missing or there are not at
+    least two documents, TokenFileError if the cached files are damaged.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction ({validation_fraction}) must be between 0 and 1")
@@ -172,11 +172,13 @@ def _encoded(
 def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
     """The documents in order, in lists of about _BATCH_BYTES."""
     group: list[Document] = []
+    num_bytes = 0
     for document in documents:
         group.append(document)
-        if sum(d.num_bytes for d in group) >= _BATCH_BYTES:
+        num_bytes += document.num_bytes
+        if num_bytes >= _BATCH_BYTES:
             yield group
-            group = []
+            group, num_bytes = [], 0
     if group:
         yield group
 

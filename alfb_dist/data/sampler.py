@@ -58,7 +58,8 @@ def batch_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDAr
     """
     if step < 0 or global_batch < 1 or num_samples < 1:
         raise ValueError(
-            f"step ({step}) must be at least 0, global_batch ({global_batch}) and num_samples ({num_samples}) at least 1"
+            f"step ({step}) must be at least 0, "
+            f"global_batch ({global_batch}) and num_samples ({num_samples}) at least 1"
         )
     epoch, place = divmod(step * global_batch, num_samples)
     places = place + np.arange(global_batch, dtype=np.int64)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PYTHON_STDLIB = "python-stdlib"
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "testmock", "idle_test"}
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Document:
 def find_documents(sources: Sequence[str | Path], *, without: Path | None = None) -> list[Document]:
     """The files of all sources, each once: sources in the order given, each source's files sorted by name.
 
-    sources: a file; a folder, with all in it that is not hidden (no name beginning with a dot); or "python-stdlib", the
+    sources: a file; a folder, with all in it but hidden files and __pycache__; or "python-stdlib", the
     .py files of the running Python's standard library less its tests and what differs between machines.
     without: a folder to leave out. A file reached twice, by whatever path, counts where it is reached first.
     Raises ValueError if a source does not exist.
@@ -51,32 +51,27 @@ def read_text(document: Document) -> str | None:
 
 def _files(source: str | Path, without: Path | None) -> Iterator[tuple[Path, str]]:
     """Path and name of each file of one source, in no particular order."""
+    root = Path(os.path.abspath(source))
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        for path, name in _walk(root, without):
-            if _is_library(name):
-                yield path, name
-        return
-    root = Path(os.path.abspath(source))
-    if root.is_dir():
-        yield from _walk(root, without)
+        yield from ((path, name) for path, name in _walk(root, without, _NOT_LIBRARY) if _is_library(name))
+    elif root.is_dir():
+        yield from _walk(root, without, frozenset())
     elif root.is_file():
         yield root, root.name
     else:
         raise ValueError(f'data source {source} does not exist: give a file, a folder or "{PYTHON_STDLIB}"')
 
 
-def _walk(root: Path, without: Path | None) -> Iterator[tuple[Path, str]]:
+def _walk(root: Path, without: Path | None, skipped: frozenset[str]) -> Iterator[tuple[Path, str]]:
+    """Path and name of each file below root, in no particular order."""
     excluded = None if without is None else os.path.realpath(without)
     for folder, subfolders, files in os.walk(root, onerror=_raise):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) != excluded
-        ]
+        wanted = [name for name in subfolders if name[0] != "." and name != "__pycache__" and name not in skipped]
+        subfolders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) != excluded]
         for file in files:
             path = Path(folder, file)
-            if not file.startswith(".") and path.is_file():
+            if file[0] != "." and path.is_file():
                 yield path, path.relative_to(root).as_posix()
 
 
@@ -85,8 +80,5 @@ def _raise(error: OSError) -> None:
 
 
 def _is_library(name: str) -> bool:
-    """Whether a file of the standard library's folder is a source that every machine with this Python has."""
-    *folders, file = name.split("/")
-    if not file.endswith(".py") or file.startswith("_sysconfigdata"):
-        return False
-    return not any(folder in _NOT_LIBRARY or folder.startswith("config-") for folder in folders)
+    """Whether a file of the standard library's folder is source code, and not one made for this machine."""
+    return name.endswith(".py") and not name.startswith(("_sysconfigdata", "config-"))

@@ -1,12 +1,12 @@
 """Token files: documents as token ids in one file, every byte of it under a hash.
 
     bytes 0 to 63   head: magic, version, where the index lies, the index's hash, the hash of the head itself
-    bytes 64 on     payload: token ids (uint16 or uint32), zeros up to a multiple of 8, document ends (uint64, in tokens)
+    bytes 64 on     payload: token ids (uint16 or uint32), zeros up to a multiple of 8, document ends (uint64)
     to the end      index: JSON with counts, dtype, tokenizer, and one xxh3-128 hash per block of the payload
 
 Numbers are little-endian. A document's last token is the end-of-document token, so that the token ids in file order are
-the documents already joined. The index comes last because it is known last: a file of any size is written in one pass.
-Reading parses JSON and numbers; it never runs code from the file.
+the documents already joined; a document's end is the number of tokens up to and with it. The index comes last because
+it is known last: a file of any size is written in one pass. Reading parses JSON and numbers; it never runs code.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ MAGIC = b"alfbtok\n"
 VERSION = 1
 HEAD_BYTES = 64
 BLOCK_BYTES = 1 << 20
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ENDS_DTYPE = np.dtype("<u8")
-_HEAD = struct.Struct(
-    "<8sIIQQ16s"
-)  # magic, version, zero, index offset, index bytes, index hash; then 16 bytes of hash
+_HEAD = struct.Struct("<8sIIQQ16s")  # magic, version, zero, index offset, index bytes, index hash; its own hash follows
 
 
 class TokenFileError(ValueError):
     """A token file is damaged or is none. `path` and the byte `offset` say where; the message has both."""
 
     def __init__(self, path: Path, offset: int, problem: str) -> None:
-        super().__init__(f"{path}: {problem} (at byte {offset})")
+        super().__init__(path, offset, problem)
         self.path = path
         self.offset = offset
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem} (at byte {self.offset})"
 
 
 @dataclass(frozen=True)
 class TokenIndex:
     """What a token file says about itself.
 
-    vocab_size: every id is below it. tokenizer: fingerprint of the tokenizer. blocks: xxh3-128 of each block, in hex;
-    block i covers the block_bytes payload bytes from byte HEAD_BYTES + i * block_bytes. notes: the writer's own remarks.
+    vocab_size: every id is below it. tokenizer: its fingerprint. blocks: xxh3-128 of each block, in hex; block i is the
+    block_bytes payload bytes from byte HEAD_BYTES + i * block_bytes on. notes: the writer's own remarks.
     """
 
     vocab_size: int
@@ -78,12 +80,13 @@ class TokenIndex:
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:
-        """The index in `raw`. Raises ValueError, TypeError or KeyError if it is none or contradicts itself."""
+        """The index in `raw`. Raises ValueError, TypeError, KeyError or RecursionError if it is none."""
         index = cls(**json.loads(raw))
-        if not all(isinstance(n, int) and n >= 0 for n in (index.num_tokens, index.num_documents, index.end_id)):
-            raise ValueError("a count is not a non-negative integer")
-        if not 0 <= index.end_id < index.vocab_size or index.block_bytes < 1:
-            raise ValueError("a size is out of range")
+        numbers = (index.num_tokens, index.num_documents, index.end_id, index.vocab_size, index.block_bytes)
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise ValueError("a number is not a non-negative integer")
+        if index.end_id >= index.vocab_size or index.block_bytes == 0:
+            raise ValueError("a number is out of range")
         if len(index.blocks) != -(-(index.payload_end - HEAD_BYTES) // index.block_bytes):
             raise ValueError("the number of block hashes does not fit the payload")
         return index
@@ -169,7 +172,7 @@ class TokenFile:
             yield self.tokens(start, min(start + num_tokens, self.num_tokens))
 
     def verify(self) -> None:
-        """Every byte of the file has been read and hashed anew; TokenFileError at the first one that is not as written."""
+        """Every byte of the file has been read and hashed anew; TokenFileError names the first damaged part."""
         self._read_index()
         for block in range(len(self._checked)):
             self._check_block(block)
@@ -177,6 +180,7 @@ class TokenFile:
     def close(self) -> None:
         """The file is closed. Closing twice is harmless; a file that nothing refers to is closed by itself."""
         self._finalizer()
+        self._fd = -1  # the number may soon be another file's
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +209,7 @@ class TokenFile:
             raise TokenFileError(self.path, offset, f"its index of {num_bytes} bytes differs from its hash")
         try:
             index = TokenIndex.from_json(text)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise TokenFileError(self.path, offset, f"its index cannot be used: {error}") from error
         if index.payload_end != offset:
             raise TokenFileError(self.path, offset, f"its payload should end at byte {index.payload_end}")

@@ -29,8 +29,9 @@ def sync_folder(folder: Path) -> None:
 class TokenWriter:
     """Writes one token file; used in a `with` block, whose end without an error is what makes the file appear.
 
-    vocab_size: ids are below it; it decides between uint16 and uint32. end_id: the end-of-document token, appended to each document.
-    tokenizer: its fingerprint. block_bytes: payload bytes per hash. Raises ValueError if a size is out of range.
+    vocab_size: ids are below it; it decides between uint16 and uint32. end_id: the end-of-document token, appended to
+    each document. tokenizer: its fingerprint. block_bytes: payload bytes per hash. `notes` go into the index as
+    they are when the `with` block ends. Raises ValueError if a size is out of range.
     """
 
     def __init__(

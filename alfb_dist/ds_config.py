@@ -1,0 +1,78 @@
+"""The DeepSpeed configuration: checked for what expert parallelism cannot go with, or derived from ours."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+
+from alfb_dist.config import Config
+
+
+def check_ds_config(ds_config: dict[str, Any]) -> None:
+    """Nothing, or ValueError naming the key that expert parallelism cannot go with."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ValueError(
+            f"zero_optimization.stage must be 0, 1 or 2, got {stage}: stage 3 partitions parameters that expert "
+            "parallelism shards already; use stage 1 or 2 and a larger ep_degree"
+        )
+    if ds_config.get("expert_parallel", {}).get("enabled"):
+        raise ValueError("expert_parallel.enabled must be off: the experts are sharded by alfb_dist (ep_degree)")
+    if ds_config.get("use_data_before_expert_parallelism"):
+        raise ValueError(
+            "use_data_before_expert_parallelism must be off: alfb_dist lays ranks out expert-parallel first"
+        )
+
+
+def with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which Adam on CPU is torch's; by default DeepSpeed would compile its own at start."""
+    config = copy.deepcopy(ds_config)
+    optimizer = config.get("optimizer", {})
+    on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
+    if on_cpu and optimizer.get("type", "").lower() in ("adam", "adamw"):
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    return config
+
+
+def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed dict of a run: what our tables decide, and the `deepspeed` table as it is."""
+    optimizer = config.optimizer
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation(world_size),
+        "gradient_clipping": optimizer.clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "optimizer": {
+            "type": "AdamW",
+            # weight_decay comes with the parameter groups. Torch's fused kernel needs no compiler, on CPU or CUDA.
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "torch_adam": True,
+                "fused": True,
+            },
+        },
+        **copy.deepcopy(config.deepspeed),
+    }
+
+
+def lr_factor(config: Config, step: int) -> float:
+    """The learning rate of a step (the first is 0) as a part of the peak: linear warm-up, then constant or cosine."""
+    warmup, optimizer = config.optimizer.warmup_steps, config.optimizer
+    if step < warmup:
+        return (step + 1) / warmup
+    if optimizer.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, config.train.steps - warmup))
+    return optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def lr_schedule(config: Config) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LambdaLR]:
+    """What makes torch's scheduler for an optimizer; DeepSpeed steps it after each applied step."""
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step))

@@ -1,0 +1,180 @@
+"""Small multiples: one panel per MoE layer for loads and for biases, and one picture of all layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+from alfb_dist.report.chart import figure
+from alfb_dist.report.heatmap import CAP, COLD, HOT, Shade, binned_ratio, load_ratio, picture, shade
+from alfb_dist.report.load_file import Loads
+from alfb_dist.report.svg import Axis, Values, band, frame, path, tick_text, value_range
+
+_WIDTH, _HEIGHT = 360, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 40
+_PIXELS = 1_400_000  # of all load pictures together, which keeps the page under 3 MB
+_MOST_COLUMNS = 400
+_POINTS = 80_000  # of all bias lines together
+_MOST_BIAS_LINES = 32  # experts; above, bands are readable and lines are not
+_FEW_LAYERS = 12  # panels that stand open
+
+
+def load_panels(loads: Loads, labels: Sequence[str]) -> str:
+    """Per layer, the load of every expert over the run as colour."""
+    num_records, num_layers, num_experts = loads.shape
+    columns = max(20, min(_MOST_COLUMNS, _PIXELS // (num_layers * num_experts)))
+    shade_LEC = np.moveaxis(shade(binned_ratio(loads.load_NLE, columns)), 0, -1)
+    steps = _column_steps(loads, shade_LEC.shape[-1])
+    panels = [_load_panel(label, shade_EC, steps) for label, shade_EC in zip(labels, shade_LEC)]
+    note = (
+        "One row per expert, time runs to the right. No colour: the expert gets its fair share of tokens. "
+        "Red: too many, blue: too few. A balanced layer fades to the background."
+    )
+    body = _colour_key() + _grid(panels, data=f"data-steps='{json.dumps(steps)}' data-cap='{CAP:g}'")
+    return figure("Expert load, layer by layer", note, body)
+
+
+def last_load(loads: Loads, labels: Sequence[str]) -> str:
+    """All layers and experts at the last logged step in one picture."""
+    num_layers, num_experts = loads.shape[1:]
+    height = min(520, max(90, 14 * num_layers)) + _BOTTOM
+    x_axis = Axis(0, num_experts, 74, 1106)
+    step = int(loads.steps[-1])
+    body = _matrix(shade(load_ratio(loads.load_NLE[-1])), list(labels), x_axis, height)
+    note = "One row per MoE layer, one column per expert; colours as in the panels below."
+    data = f"data-cap='{CAP:g}' data-rows='{escape(json.dumps(list(labels)), quote=True)}'"
+    return figure(f"Load of every expert at step {step}", note, f"{_colour_key()}<div {data}>{body}</div>")
+
+
+def bias_panels(loads: Loads, labels: Sequence[str]) -> str:
+    """Per layer, the routing bias of every expert over the run: lines for few experts, bands for many."""
+    num_records, num_layers, num_experts = loads.shape
+    as_lines = num_experts <= _MOST_BIAS_LINES
+    per_line = _POINTS // (num_layers * (num_experts if as_lines else 5))
+    kept = np.unique(np.linspace(0, num_records - 1, max(12, min(200, per_line))).astype(int))
+    steps, bias_NLE = loads.steps[kept].astype(np.float64), loads.bias_NLE[kept].astype(np.float64)
+    low, high = value_range([bias_NLE.ravel()], include=(0.0,))
+    x_axis = Axis(*_span(steps), _LEFT, _WIDTH - _RIGHT)
+    y_axis = Axis(min(low, -high * 0.02), max(high, -low * 0.02), _HEIGHT - _BOTTOM, _TOP)
+    draw = _bias_lines if as_lines else _bias_bands
+    panels = [
+        _panel(label, _frame(x_axis, y_axis, "bias (score)") + _zero(x_axis, y_axis) + draw(x_axis, y_axis, steps, bias))
+        for label, bias in zip(labels, np.moveaxis(bias_NLE, 1, 0))
+    ]
+    note = (
+        "What the update rule adds to an expert's score when experts are chosen. It climbs while the expert gets too few "
+        "tokens, sinks while it gets too many, and levels off once the layer is balanced. All panels share one scale."
+    )
+    return figure("Routing bias, layer by layer", note, _bias_key(as_lines) + _grid(panels))
+
+
+def _load_panel(label: str, shade_EC: Shade, steps: list[int]) -> str:
+    num_experts = len(shade_EC)
+    x_axis = Axis(*_span(np.array(steps, dtype=np.float64)), _LEFT, _WIDTH - _RIGHT)
+    y_axis = Axis(num_experts, 0, _HEIGHT - _BOTTOM, _TOP)  # expert 0 on top
+    image = _image(shade_EC, x_axis.start, _TOP, x_axis.stop - x_axis.start, _HEIGHT - _BOTTOM - _TOP, label)
+    return _panel(label, _frame(x_axis, y_axis, "expert") + image)
+
+
+def _matrix(shade_LE: Shade, labels: list[str], x_axis: Axis, height: int) -> str:
+    """The layers x experts picture with its layer names."""
+    bottom = height - _BOTTOM
+    y_axis = Axis(len(labels), 0, bottom, 8)
+    image = _image(shade_LE, x_axis.start, 8, x_axis.stop - x_axis.start, bottom - 8, "")
+    every = max(1, len(labels) * 14 // bottom + (len(labels) > 30))
+    names = "".join(
+        f'<text class="tick end" x="{x_axis.start - 7:g}" y="{float(y_axis.position(row + 0.5)) + 4:.1f}">'
+        f"{escape(labels[row])}</text>"
+        for row in range(0, len(labels), every)
+    )
+    ticks = "".join(
+        f'<text class="tick mid" x="{float(x_axis.position(tick + 0.5)):.1f}" y="{bottom + 17}">{tick_text(tick)}</text>'
+        for tick in x_axis.ticks(12)
+        if tick < x_axis.high and tick == int(tick)
+    )
+    label = f'<text class="axis end" x="{x_axis.stop:g}" y="{bottom + 33}">expert</text>'
+    return f'<svg viewBox="0 0 1120 {height}" role="img">{image}{names}{ticks}{label}</svg>'
+
+
+def _image(shade_HW: Shade, x: float, y: float, width: float, height: float, label: str) -> str:
+    rows, columns = shade_HW.shape
+    return (
+        f'<rect class="plate" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>'
+        f'<image class="heat" data-shape="{rows},{columns}" data-layer="{escape(label, quote=True)}" x="{x:g}" y="{y:g}" '
+        f'width="{width:g}" height="{height:g}" preserveAspectRatio="none" href="{picture(shade_HW)}"/>'
+    )
+
+
+def _bias_lines(x_axis: Axis, y_axis: Axis, steps: Values, bias_NE: Values) -> str:
+    x = x_axis.position(steps)
+    lines = []
+    for expert, bias_N in enumerate(bias_NE.T):
+        side = "below" if bias_N[-1] >= 0 else "above"  # of the mean load, which the bias works against
+        title = f"<title>expert {expert}, bias {bias_N[-1]:.4g} at the end</title>"
+        lines.append(f'<path class="line bias {side}" d="{path(x, y_axis.position(bias_N))}">{title}</path>')
+    return "".join(lines)
+
+
+def _bias_bands(x_axis: Axis, y_axis: Axis, steps: Values, bias_NE: Values) -> str:
+    x = x_axis.position(steps)
+    levels = [y_axis.position(level) for level in np.percentile(bias_NE, [0, 10, 50, 90, 100], axis=1)]
+    return (
+        f'<polygon class="band outer" points="{band(x, levels[0], levels[4])}"/>'
+        f'<polygon class="band inner" points="{band(x, levels[1], levels[3])}"/>'
+        f'<path class="line main" d="{path(x, levels[2])}"/>'
+    )
+
+
+def _bias_key(as_lines: bool) -> str:
+    entries = (
+        [("bias below", "expert with too few tokens of its own"), ("bias above", "expert with too many")]
+        if as_lines
+        else [("main", "median expert"), ("inner", "10 to 90 % of experts"), ("outer", "all experts")]
+    )
+    spans = "".join(f'<span><i class="key {style}"></i>{text}</span>' for style, text in entries)
+    return f'<div class="legend">{spans}</div>'
+
+
+def _colour_key() -> str:
+    cold, hot = (f"rgba({','.join(map(str, colour))}" for colour in (COLD, HOT))
+    bar = f'<i class="ramp" style="background:linear-gradient(90deg,{cold},1),{cold},0) 50%,{hot},0) 50%,{hot},1))"></i>'
+    return (
+        f'<div class="legend ramp-key"><span>&le; 1/{CAP:g} of the mean load</span>{bar}<span>&ge; {CAP:g} times the mean'
+        "</span><span>logarithmic; no colour = mean load</span></div>"
+    )
+
+
+def _grid(panels: list[str], data: str = "") -> str:
+    """The first panels in sight, the rest of many behind a fold."""
+    shown, hidden = panels[:_FEW_LAYERS], panels[_FEW_LAYERS:]
+    grid = f'<div class="panels">{"".join(shown)}</div>'
+    if hidden:
+        grid += f'<details><summary>{len(hidden)} more layers</summary><div class="panels">{"".join(hidden)}</div></details>'
+    return f"<div {data}>{grid}</div>"
+
+
+def _panel(label: str, body: str) -> str:
+    return f'<div class="panel"><h4>{escape(label)}</h4><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{body}</svg></div>'
+
+
+def _frame(x_axis: Axis, y_axis: Axis, y_label: str) -> str:
+    return frame(x_axis, y_axis, x_label="optimizer step", y_label=y_label, x_ticks=3, y_ticks=3)
+
+
+def _zero(x_axis: Axis, y_axis: Axis) -> str:
+    y = float(y_axis.position(0.0))
+    return f'<line class="reference" x1="{x_axis.start:g}" x2="{x_axis.stop:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _column_steps(loads: Loads, columns: int) -> list[int]:
+    """The step that each column of a picture starts at."""
+    first = np.linspace(0, len(loads.steps), columns + 1).astype(int)[:-1]
+    return [int(step) for step in loads.steps[first]]
+
+
+def _span(steps: Values) -> tuple[float, float]:
+    low, high = float(steps[0]), float(steps[-1])
+    return (low, high) if high > low else (low - 0.5, high + 0.5)

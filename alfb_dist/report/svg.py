@@ -1,0 +1,129 @@
+"""Axes and lines in SVG: from numbers to positions, ticks and paths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alfb_dist.report.wording import count
+
+Values = NDArray[np.float64]
+_LINEAR_UP_TO = 0.1  # a symlog axis is linear below and logarithmic above
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A number line laid on pixels. symlog: shows 0 and several powers of ten on one axis; meant for values >= 0."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    symlog: bool = False
+
+    def position(self, values: Values | float) -> Values:
+        """Pixel of each value; NaN stays NaN."""
+        low, high = self._bend(self.low), self._bend(self.high)
+        share = (self._bend(np.asarray(values, dtype=np.float64)) - low) / ((high - low) or 1.0)
+        return np.asarray(self.start + share * (self.stop - self.start))
+
+    def ticks(self, wanted: int = 5) -> list[float]:
+        """About `wanted` round values from low to high."""
+        if not self.symlog:
+            return nice_ticks(self.low, self.high, wanted)
+        decades = [0.0, *(digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5))]
+        inside = [tick for tick in decades if self.low <= tick <= self.high]
+        return inside if len(inside) <= wanted + 3 else [tick for tick in inside if f"{tick:g}".strip("0.")[:1] != "2"]
+
+    def _bend(self, values: Values | float) -> Values:
+        return np.arcsinh(np.asarray(values) / _LINEAR_UP_TO) if self.symlog else np.asarray(values)
+
+
+def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """About `wanted` multiples of 1, 2 or 5 times a power of ten within [low, high]."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    rough = span / max(wanted, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    spacing = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * 0.999)
+    first = math.ceil(low / spacing - 1e-9)
+    last = math.floor(high / spacing + 1e-9)
+    return [round(index * spacing, 12) for index in range(first, last + 1)]
+
+
+def tick_text(value: float) -> str:
+    """A tick's label: 0, 0.05, 1.5, 20k."""
+    return count(value) if abs(value) >= 10_000 else f"{value:g}"
+
+
+def value_range(columns: list[Values], *, include: tuple[float, ...] = ()) -> tuple[float, float]:
+    """Smallest and largest finite value of all columns and of `include`, widened a little; (0, 1) if there is none."""
+    joined = np.concatenate([*columns, np.array(include, dtype=np.float64)])
+    known = joined[np.isfinite(joined)]
+    if not len(known):
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    return (low if low in include else low - margin), high + margin
+
+
+def thinned(x: Values, y: Values, limit: int) -> tuple[Values, Values]:
+    """At most about `limit` points that keep each stretch's lowest and highest value, and gaps where all is NaN."""
+    if len(x) <= limit:
+        return x, y
+    kept: list[int] = []
+    edges = np.linspace(0, len(x), max(limit // 2, 1) + 1).astype(int)
+    for start, stop in zip(edges[:-1], edges[1:]):
+        part = y[start:stop]
+        if np.isfinite(part).any():
+            kept += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
+        else:
+            kept.append(int(start))
+    return x[kept], y[kept]
+
+
+def path(x_pixels: Values, y_pixels: Values) -> str:
+    """The d attribute of a line through the points, broken at NaN; a lone point becomes a dot under round caps."""
+    pieces: list[str] = []
+    pen_down = False
+    for x, y in zip(x_pixels.tolist(), y_pixels.tolist()):
+        if not (math.isfinite(x) and math.isfinite(y)):
+            pen_down = False
+            continue
+        pieces.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}" + ("" if pen_down else "h0"))
+        pen_down = True
+    return "".join(pieces)
+
+
+def band(x_pixels: Values, low_pixels: Values, high_pixels: Values) -> str:
+    """The points attribute of the polygon between two lines, points with NaN left out."""
+    known = np.isfinite(low_pixels) & np.isfinite(high_pixels)
+    x, low, high = x_pixels[known], low_pixels[known], high_pixels[known]
+    corners = [*zip(x, low), *zip(x[::-1], high[::-1])]
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
+
+
+def frame(x_axis: Axis, y_axis: Axis, *, x_label: str, y_label: str, x_ticks: int = 8, y_ticks: int = 5) -> str:
+    """Grid lines, tick labels and axis labels of a chart."""
+    left, right, bottom, top = x_axis.start, x_axis.stop, y_axis.start, y_axis.stop
+    parts = []
+    for tick in y_axis.ticks(y_ticks):
+        y = float(y_axis.position(tick))
+        parts.append(f'<line class="grid" x1="{left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{left - 7:g}" y="{y + 4:.1f}">{tick_text(tick)}</text>')
+    for tick in x_axis.ticks(x_ticks):
+        x = float(x_axis.position(tick))
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:g}" y2="{bottom + 4:g}"/>')
+        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 17:g}">{tick_text(tick)}</text>')
+    middle = (top + bottom) / 2
+    parts.append(f'<line class="base" x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}"/>')
+    parts.append(f'<text class="axis end" x="{right:g}" y="{bottom + 33:g}">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="axis mid" transform="translate(13 {middle:g}) rotate(-90)" x="0" y="0">{escape(y_label)}</text>'
+    )
+    return "".join(parts)

@@ -1,0 +1,153 @@
+"""Everything that a training run works with, built in order, and resumed if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from alfb_dist import checkpoint
+from alfb_dist.balance import rate_schedule
+from alfb_dist.balancer import Balancer
+from alfb_dist.collectives import broadcast_object
+from alfb_dist.config import Config, ConfigError
+from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_entropy
+from alfb_dist.ds_config import derive_ds_config, lr_schedule
+from alfb_dist.engine import initialize, quiet
+from alfb_dist.families import moe_blocks
+from alfb_dist.model import build_model, parameter_groups
+from alfb_dist.report import NullReporter, Reporter, open_reporter
+from alfb_dist.run_folder import describe_run, last_run_folder, new_run_folder, write_config
+from alfb_dist.topology import init_distributed
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """What the loop works with. `summary` is what the report says at the end; it outlives a resume."""
+
+    config: Config
+    folder: Path
+    engine: Any
+    balancer: Balancer
+    train_batches: Batches
+    validation_batches: Batches
+    device: torch.device
+    group: ProcessGroup
+    reporter: Reporter | NullReporter
+    first_step: int = 0
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slot(self) -> tuple[int, int, int]:
+        """(rank, world size, micro-batch): which samples are this rank's."""
+        return self.group.rank(), self.group.size(), self.config.train.micro_batch
+
+
+def start(config: Config) -> Run:
+    """The run stands at its first step, or where its newest good checkpoint left it; collective."""
+    device = init_distributed(timeout_seconds=config.run.timeout_seconds)
+    quiet()
+    group, rank, world = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert group is not None
+    prepared = _by_first_rank(group, _prepare, config)
+    train_batches, validation_batches = _open_data(config, prepared)
+    folder = _by_first_rank(group, _choose_folder, config)
+    model = build_model(config)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    layer_names = [block.name for block in moe_blocks(model)]
+    balance = config.balance
+    engine, balancer = initialize(
+        model,
+        derive_ds_config(config, world),
+        ep_degree=config.parallel.ep_degree,
+        rule=balance.rule,
+        rate=rate_schedule(balance.rate, warmup_steps=balance.warmup_steps, zero_at_step=balance.zero_at_step),
+        centered=balance.centered,
+        sequence_loss_alpha=balance.sequence_loss_alpha,
+        batch_loss_alpha=balance.batch_loss_alpha,
+        timeout_seconds=config.run.timeout_seconds,
+        model_parameters=parameter_groups(model, config.optimizer.weight_decay),
+        lr_scheduler=lr_schedule(config),
+    )
+    run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter())
+    _resume(run)
+    if rank == 0:
+        run.summary["unigram_entropy"] = unigram_entropy(train_batches.token_file)
+        facts = {"world_size": world, "num_parameters": num_parameters, "layer_names": layer_names}
+        description = describe_run(config, **facts, unigram_entropy=run.summary["unigram_entropy"])
+        write_config(folder, description)
+        run.reporter = _open_reporter(run, description, layer_names)
+    return run
+
+
+def _by_first_rank(group: ProcessGroup, make: Callable[[Config], T], config: Config) -> T:
+    """What `make` returns on the first rank; what a user can mend is raised on every rank alike. Collective."""
+    made, error = None, None
+    if group.rank() == 0:
+        try:
+            made = make(config)
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+    made, error = broadcast_object((made, error), group)
+    if error is not None:
+        raise ConfigError(error)
+    return made
+
+
+def _choose_folder(config: Config) -> Path:
+    parent = Path(config.run.folder)
+    found = last_run_folder(parent, config.run.name) if config.run.resume else None
+    return found or new_run_folder(parent, config.run.name)
+
+
+def _prepare(config: Config) -> PreparedData:
+    data = config.data
+    options: dict[str, Any] = {"tokenizer": data.tokenizer, "progress": config.report.progress}
+    return prepare(data.source, data.cache, validation_fraction=data.validation_fraction, **options)
+
+
+def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches]:
+    files = TokenFile(prepared.train), TokenFile(prepared.validation)
+    vocab_size = config.model.config.get("vocab_size")
+    if isinstance(vocab_size, int) and files[0].vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.config.vocab_size ({vocab_size}) must be at least the tokenizer's ({files[0].vocab_size})"
+        )
+    length, layout, seed = config.data.sequence_length, config.data.layout, config.run.seed
+    return Batches(files[0], length, layout, seed=seed), Batches(files[1], length, layout, seed=seed)
+
+
+def _resume(run: Run) -> None:
+    if not run.config.run.resume:
+        return
+    folder = run.folder / "checkpoints"
+    found = broadcast_object(checkpoint.newest_good(folder) if run.group.rank() == 0 else None, run.group)
+    if found[0] is not None:
+        state = checkpoint.load(run.engine, run.balancer, found[0])
+        run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
+
+
+def _open_reporter(run: Run, description: dict[str, Any], layer_names: list[str]) -> Reporter:
+    report = run.config.report
+    return open_reporter(
+        run.folder,
+        rank=run.group.rank(),
+        total_steps=run.config.train.steps,
+        first_step=run.first_step,
+        config=description,
+        progress=report.progress,
+        wandb=report.wandb,
+        wandb_project=report.wandb_project,
+        run_name=run.folder.name,
+        layer_names=layer_names,
+        html=report.html,
+    )

@@ -1,0 +1,74 @@
+"""The folder of a run: made anew for each run, found again to resume one."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from alfb_dist.config import Config
+
+_PACKAGES = ("alfb_dist", "torch", "deepspeed", "transformers", "numpy", "safetensors", "wandb")
+
+
+def new_run_folder(parent: Path, name: str) -> Path:
+    """A folder that did not exist before: parent/name, or parent/name-2, -3, ... if that is taken."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def last_run_folder(parent: Path, name: str) -> Path | None:
+    """The folder that `new_run_folder` made last for this name, or None if there is none."""
+    numbered = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found = [(int(m[1] or 1), f) for f in parent.glob(f"{name}*") if (m := numbered.fullmatch(f.name)) and f.is_dir()]
+    return max(found)[1] if found else None
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, with -dirty where files differ from it, or None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_run(config: Config, **facts: Any) -> dict[str, Any]:
+    """What config.json holds: the resolved configuration, its hash, versions, git commit and the given facts."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "config_hash": config.hash(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        **facts,
+    }
+
+
+def write_config(folder: Path, description: dict[str, Any]) -> None:
+    """folder/config.json holds the description, whole or not at all."""
+    aside = folder / "config.json.tmp"
+    aside.write_text(json.dumps(description, indent=1) + "\n")
+    aside.replace(folder / "config.json")

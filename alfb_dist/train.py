@@ -1,0 +1,159 @@
+"""A training run: the order of events."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist import checkpoint, metrics
+from alfb_dist.collectives import all_sum
+from alfb_dist.config import Config
+from alfb_dist.gate import measure_loads
+from alfb_dist.run import Run, start
+from alfb_dist.stop import DONE, PREEMPTED, StopSignals
+
+
+def train(config: Config) -> int:
+    """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks."""
+    run = start(config)
+    with StopSignals() as signals:
+        for step in range(run.first_step + 1, config.train.steps + 1):
+            started, lr = time.perf_counter(), run.engine.get_lr()[0]
+            loss = forward_backward_step(run, step)
+            run.balancer.step()
+            loss, stopping = agree(run, loss, signals.asked)
+            report(run, step, loss, lr, time.perf_counter() - started)
+            last = step == config.train.steps
+            if due(step, config.train.eval_interval, last):
+                evaluate(run, step)
+            if due(step, config.train.checkpoint_interval, last or stopping):
+                save(run, step)
+            if stopping:
+                break
+    run.reporter.close(run.summary)
+    return PREEMPTED if stopping and not last else DONE
+
+
+def due(step: int, interval: int, last: bool) -> bool:
+    """Whether what is done every `interval` steps (0: only at the end) is done after this step."""
+    return last or (interval > 0 and step % interval == 0)
+
+
+def on_device(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The micro-batch where the model is."""
+    return {name: x.to(run.device, non_blocking=True) for name, x in batch.items()}
+
+
+def num_targets(batch: dict[str, Tensor]) -> Tensor:
+    """How many tokens of the micro-batch are to be predicted."""
+    return (batch["labels"][:, 1:] >= 0).sum()
+
+
+def forward_backward_step(run: Run, step: int) -> Tensor:
+    """One optimizer step on the rank's micro-batches: this rank's part of the mean loss per predicted token.
+
+    The parts of all ranks add up to the mean over the global batch, however its padding is spread.
+    """
+    rank, world, micro_batch = run.slot
+    micro_batches = run.train_batches.step(step - 1, run.config.train.global_batch, rank, world, micro_batch)
+    targets = torch.stack([num_targets(batch) for batch in micro_batches]).sum()
+    if run.config.data.layout == "padded":
+        targets = all_sum(targets.to(run.device), run.group)
+    else:
+        targets = targets * world
+    # The engine averages over ranks and micro-batches, so each gives its sum over the mean number of targets.
+    mean_targets = targets / (world * len(micro_batches))
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    for batch in micro_batches:
+        loss = run.engine(**on_device(run, batch), num_items_in_batch=mean_targets).loss
+        run.engine.backward(loss)
+        run.engine.step()
+        total += loss.detach()
+    return total / (world * len(micro_batches))
+
+
+def agree(run: Run, loss: Tensor, asked_to_stop: bool) -> tuple[float, bool]:
+    """The loss of the global batch, and whether any rank was asked to stop; collective."""
+    total, asked = all_sum(torch.stack([loss, loss.new_tensor(asked_to_stop)]), run.group).tolist()
+    applied = run.engine.was_step_applied()
+    run.skipped_in_a_row = 0 if applied else run.skipped_in_a_row + 1
+    if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
+        raise RuntimeError(
+            f"{run.skipped_in_a_row} steps in a row were skipped because their gradients were not finite "
+            "(train.max_skipped_steps); the last checkpoint is from before"
+        )
+    return total, asked > 0
+
+
+def report(run: Run, step: int, loss: float, lr: float, seconds: float) -> None:
+    """The step is in the progress bar and, at the log interval, in the metrics."""
+    config, load_LE = run.config, run.balancer.load_LE
+    tokens = config.train.global_batch * config.data.sequence_length
+    run.tokens += tokens
+    violation_L = metrics.max_violation(load_LE)
+    grad_norm = run.engine.get_global_grad_norm()
+    record: dict[str, Any] = {
+        "step": step,
+        "tokens": run.tokens,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": None if grad_norm is None else float(grad_norm),
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "max_violation_batch": float(violation_L.mean()),
+        "max_violation_batch_per_layer": violation_L.tolist(),
+        "rank_skew": float(metrics.rank_skew(load_LE, config.parallel.ep_degree).mean()),
+        "bias_range": metrics.bias_range(run.balancer.bias_LE),
+        "dead_experts": metrics.dead_experts(load_LE),
+        "skipped": run.engine.skipped_steps,
+    }
+    run.reporter.advance(record)
+    if due(step, config.report.log_interval, step in (1, config.train.steps)):
+        run.reporter.step(record, load_LE, run.balancer.bias_LE)
+
+
+@torch.no_grad()
+def evaluate(run: Run, step: int) -> None:
+    """The validation loss and the balance over the validation sequences are reported; collective."""
+    rank, world, micro_batch = run.slot
+    totals = torch.zeros(2, dtype=torch.float64, device=run.device)
+    run.engine.eval()
+    with measure_loads(run.balancer.gates) as measured:
+        for batch in run.validation_batches.evaluation(run.config.train.eval_sequences, rank, world, micro_batch):
+            loss_sum = run.engine(**on_device(run, batch), num_items_in_batch=1).loss
+            totals += torch.stack([loss_sum.to(totals), num_targets(batch).to(totals)])
+        load_LE = all_sum(measured(), run.group)
+    run.engine.train()
+    loss_sum_, targets = all_sum(totals, run.group).tolist()
+    loss = loss_sum_ / targets
+    record = {
+        "step": step,
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),
+        "max_violation_global": float(metrics.max_violation(load_LE).mean()),
+    }
+    run.reporter.evaluation(record, load_LE)
+
+
+def save(run: Run, step: int) -> None:
+    """A checkpoint of this step is on disk, or training goes on without it after a message; collective."""
+    state = {
+        "step": step,
+        "tokens": run.tokens,
+        "summary": run.summary,
+        "config_hash": run.config.hash(),
+        "seed": run.config.run.seed,
+    }
+    folder = run.folder / "checkpoints"
+    try:
+        path = checkpoint.save(run.engine, run.balancer, folder, step=step, state=state)
+    except OSError as error:  # raised on every rank alike
+        run.reporter.message(f"no checkpoint at step {step}: {error}")
+        return
+    if run.group.rank() == 0:
+        checkpoint.prune(folder, run.config.train.keep_checkpoints)
+    run.summary["checkpoint"] = str(path)

@@ -1,0 +1,142 @@
+"""Tiny DeepSeek-V3 models and batches from a seed, and the whole of what ranks hold in parts. Shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+VOCAB = 61
+GROUP_LIMITED: dict[str, int] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
+"""Overrides for `tiny_model`: each token's four experts come from two of four groups of four."""
+
+
+def tiny_config(**overrides: Any) -> DeepseekV3Config:
+    """One dense layer and two MoE layers of 8 experts, top 4, with 1 shared expert; any key can be overridden."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 20,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "num_nextn_predict_layers": 0,
+        "use_cache": False,
+        "attn_implementation": "eager",
+    }
+    return DeepseekV3Config(**{**sizes, **overrides})
+
+
+def tiny_model(seed: int = 0, **config_overrides: Any) -> DeepseekV3ForCausalLM:
+    """A model in float32 and training mode with the weights of this seed and biases of 0: the same on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DeepseekV3ForCausalLM(tiny_config(**config_overrides)).train()
+
+
+def gates(model: nn.Module) -> list[nn.Module]:
+    """The model's gates, in its order."""
+    return [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+
+
+def biases(model: nn.Module) -> Tensor:
+    """A copy of the selection biases, (L, E)."""
+    return torch.stack([g.e_score_correction_bias.detach().clone() for g in gates(model)])
+
+
+def set_biases(model: nn.Module, bias_LE: Tensor) -> None:
+    """The gates have these selection biases, in the model's order."""
+    assert len(gates(model)) == len(bias_LE)
+    for gate, bias_E in zip(gates(model), bias_LE):
+        gate.e_score_correction_bias.data.copy_(bias_E)
+
+
+def random_biases(model: nn.Module, seed: int, *, low: float = -0.2, high: float = 0.2) -> Tensor:
+    """float32 (L, E), uniform in [low, high). Scores lie in (0, 1): high <= -1 makes every biased score negative."""
+    shape = (len(gates(model)), gates(model)[0].e_score_correction_bias.numel())
+    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return low + (high - low) * uniform
+
+
+def tiny_batch(
+    seed: int, sequences: int, positions: int, vocab: int = VOCAB, *, padding: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """input_ids and labels (B, S) of this seed, to be passed to the model.
+
+    padding: how many positions at the end of each sequence are padding; adds the attention_mask and labels of -100.
+    """
+    ids = torch.randint(vocab, (sequences, positions), generator=torch.Generator().manual_seed(seed))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if padding is not None:
+        mask = torch.arange(positions)[None] < positions - torch.tensor(padding)[:, None]
+        batch["attention_mask"] = mask.long()
+        batch["labels"][~mask] = -100
+    return batch
+
+
+def part(batch: dict[str, Tensor], index: int, parts: int) -> dict[str, Tensor]:
+    """One of the equal parts into which a batch's sequences are cut: what one of `parts` ranks trains on."""
+    return {name: x.chunk(parts)[index] for name, x in batch.items()}
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    pieces = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(pieces, x.contiguous(), group=group)
+    return torch.cat(pieces)
+
+
+def _shards(model: nn.Module) -> dict[str, Any]:
+    """The grid of every sharded expert parameter, by the parameter's name."""
+    return {
+        f"{module_name}.{name}": module.grid
+        for module_name, module in model.named_modules()
+        if getattr(module, "grid", None) is not None
+        for name, _ in module.named_parameters()
+    }
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter by name, experts gathered to (E, ...) from the expert-parallel group; collective."""
+    shards = _shards(model)
+    return {
+        name: _gathered(p.detach(), shards[name].ep_group) if name in shards else p.detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of the sum of all ranks' losses by parameter name, experts gathered to (E, ...); collective.
+
+    From `param.grad` as the backward left it, before any averaging. KeyError where a gradient is None on this rank.
+    """
+    shards, gradients = _shards(model), {}
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            raise KeyError(f"{name} has no gradient")
+        total = p.grad.detach().clone()
+        if name in shards:
+            dist.all_reduce(total, group=shards[name].expert_data_group)
+            total = _gathered(total, shards[name].ep_group)
+        elif dist.is_initialized():
+            dist.all_reduce(total)
+        gradients[name] = total
+    return gradients
