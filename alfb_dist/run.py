@@ -111,8 +111,14 @@ def _choose_folder(config: Config) -> Path:
 
 def _prepare(config: Config) -> PreparedData:
     data = config.data
-    options: dict[str, Any] = {"tokenizer": data.tokenizer, "progress": config.report.progress}
-    return prepare(data.source, data.cache, validation_fraction=data.validation_fraction, **options)
+    return prepare(
+        data.source,
+        data.cache,
+        tokenizer=data.tokenizer,
+        validation_fraction=data.validation_fraction,
+        validation_sources=data.validation_source,
+        progress=config.report.progress,
+    )
 
 
 def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches]:

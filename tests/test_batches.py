@@ -133,8 +133,7 @@ def test_damage_is_named_by_the_step_that_meets_it(opened: Opens) -> None:
         raw.write(b"\xff")
     batches = Batches(file, 4, "packed")
     with pytest.raises(TokenFileError, match=f"{file.path}.*at byte {64 + 3 * 32}"):
-        for step in range(batches.num_samples):
-            batches.step(step, 1, 0, 1, 1)
+        batches.step(0, batches.num_samples, 0, 1, 1)
 
 
 def test_too_little_text_is_refused_with_both_numbers(opened: Opens) -> None:

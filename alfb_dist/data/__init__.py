@@ -2,7 +2,7 @@
 
 from alfb_dist.data.batches import IGNORED, Batches, Layout
 from alfb_dist.data.entropy import unigram_entropy
-from alfb_dist.data.prepare import PreparedData, prepare
+from alfb_dist.data.preparation import PreparedData, prepare
 from alfb_dist.data.sampler import batch_ids, rank_samples
 from alfb_dist.data.sources import PYTHON_STDLIB
 from alfb_dist.data.token_file import TokenFile, TokenFileError

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from alfb_dist.config_model import MODEL_RULES
-from alfb_dist.config_rules import TABLE_RULES, Settings, problems, unknown_key
-from alfb_dist.config_text import ConfigError, apply_overrides, nearest, read_toml, shown, to_toml, to_value
+from alfb_dist.config.keys import family_keys
+from alfb_dist.config.model_rules import MODEL_RULES
+from alfb_dist.config.rules import TABLE_RULES, Settings, problems, unknown_key
+from alfb_dist.config.text import ConfigError, apply_overrides, nearest, read_toml, shown, to_toml, to_value
 
 __all__ = ["Config", "ConfigError", "config_to_toml", "describe_fields", "load_config"]
 
@@ -212,7 +213,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, world_size: 
         config = Config.model_validate(tables)
     except ValidationError as error:
         details = _deepest(error.errors(include_url=False))
-        found += [_explain(detail) for detail in details]
+        found += [_explain(detail, _family(tables)) for detail in details]
         bad = {".".join(str(part) for part in detail["loc"][:2]) for detail in details}
         bad |= {str(detail["loc"][0]) for detail in details if detail["loc"][0] == "deepspeed"}
     resolved = _with_defaults(tables)
@@ -284,10 +285,10 @@ def _read_pretrained(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return {}, [f"model.path ({shown(path)}) must be a folder with a transformers config.json: {error}"]
-    return (
-        (values, []) if isinstance(values, dict) else ({}, [f"model.path ({shown(path)}): {file} holds no JSON object"])
-    )
+        return {}, [f"model.path ({to_value(path)}) must be a folder with a transformers config.json: {error}"]
+    if not isinstance(values, dict):
+        return {}, [f"model.path ({to_value(path)}): {file} holds no JSON object"]
+    return values, []
 
 
 def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
@@ -296,14 +297,20 @@ def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
     return [detail for detail in details if detail["loc"] and detail["loc"] not in inner]
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _family(tables: dict[str, Any]) -> str:
+    model = tables.get("model")
+    family = model.get("family", "deepseek_v3") if isinstance(model, dict) else ""
+    return family if isinstance(family, str) else ""
+
+
+def _explain(detail: ErrorDetails, family: str) -> str:
     """Return one of pydantic's findings as a line: key path, value, rule and what to do."""
     loc, kind, value = detail["loc"], detail["type"], shown(detail["input"])
     path = _path(loc)
     model = TABLES.get(str(loc[0]))
     field = model.model_fields.get(str(loc[1])) if model and len(loc) > 1 else None
     if kind == "extra_forbidden":
-        return _unknown_key(path, [str(part) for part in loc])
+        return _unknown_key(path, [str(part) for part in loc], family)
     if kind == "missing":
         return f"{path} is missing: " + (f"give the {field.description}" if field else f"add a table [{path}]")
     if kind in ("model_type", "dict_type"):
@@ -325,10 +332,12 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
-def _unknown_key(path: str, parts: list[str]) -> str:
+def _unknown_key(path: str, parts: list[str], family: str) -> str:
     *parents, key = parts
     names = list(TABLES[parents[0]].model_fields) if parents else list(Config.model_fields)
     elsewhere = [f"{table}.{key}" for table, model in TABLES.items() if key in model.model_fields]
+    if (keys := family_keys(family)) and key in keys.names:
+        elsewhere.append(f"model.config.{key}")
     if elsewhere:
         return f"{path} is no key; did you mean {' or '.join(elsewhere)}?"
     return unknown_key(path, key, names, f"of [{parents[0]}]" if parents else "of a configuration")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from alfb_dist.config_keys import DEEPSPEED_KEYS, DERIVED_KEYS, ZERO_KEYS
-from alfb_dist.config_text import nearest, shown
+from alfb_dist.config.keys import DEEPSPEED_KEYS, DERIVED_KEYS, ZERO_KEYS
+from alfb_dist.config.text import nearest, shown
 
 # Kinds of values in words.
 KINDS = {
@@ -68,7 +68,7 @@ def problems(settings: Settings, rules: Iterable[Rule]) -> list[str]:
 
 
 def is_kind(value: Any, kind: str) -> bool:
-    """Whether a value is of a kind named in config_keys. A bool is no number, and an int is a float too."""
+    """Whether a value is of a kind named in config.keys. A bool is no number, and an int is a float too."""
     if isinstance(value, bool) or kind == "bool":
         return isinstance(value, bool) and kind == "bool"
     if kind == "float":
@@ -128,7 +128,7 @@ def deepspeed_keys(settings: Settings) -> Iterator[str]:
             yield f"{path} ({shown(value)}) is derived: remove it and set {DERIVED_KEYS[key]}"
         elif key not in DEEPSPEED_KEYS:
             yield unknown_key(path, key, sorted(DEEPSPEED_KEYS), "of DeepSpeed")
-        elif value is not None and not is_kind(value, DEEPSPEED_KEYS[key]):
+        elif not is_kind(value, DEEPSPEED_KEYS[key]):
             yield f"{path} ({shown(value)}) must be {KINDS[DEEPSPEED_KEYS[key]]}"
 
 

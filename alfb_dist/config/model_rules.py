@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alfb_dist.config_keys import EXPERT_NAMES, TOP_K_NAMES, FamilyKeys, family_keys, moe_families
-from alfb_dist.config_rules import KINDS, Rule, Settings, UnsettledError, divisible, is_kind, unknown_key
-from alfb_dist.config_text import nearest, shown
+from alfb_dist.config.keys import EXPERT_NAMES, TOP_K_NAMES, FamilyKeys, family_keys, moe_families
+from alfb_dist.config.rules import KINDS, Rule, Settings, UnsettledError, divisible, is_kind, unknown_key
+from alfb_dist.config.text import nearest, shown, to_value
 
 # Sizes and counts of a model: its least values.
 _LEAST = {
@@ -97,8 +97,8 @@ def model_source(settings: Settings) -> Iterator[str]:
     path, given = settings("model.path"), settings("model.config")
     if path and given:
         yield (
-            f"model.path ({shown(path)}) and model.config ({len(given)} keys) are both given: keep the path to go on "
-            "from pretrained weights, or the config to start from random ones"
+            f"model.path ({to_value(path)}) and model.config ({len(given)} keys) are both given: keep the path to go "
+            "on from pretrained weights, or the config to start from random ones"
         )
     if not path and not given:
         yield "model.config is missing: give [model.config] to start from random weights, or model.path to go on"

@@ -41,6 +41,7 @@ def prepare(
     tokenizer: str | Path = BYTES,
     end_token: str | None = None,
     validation_fraction: float = 0.05,
+    validation_sources: Sequence[str | Path] = (),
     progress: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> PreparedData:
@@ -48,6 +49,8 @@ def prepare(
 
     sources: see `find_documents`; one file is one document. tokenizer, end_token: see `load_tokenizer`.
     validation_fraction: the share of documents, between 0 and 1, that goes to validation, chosen by document name.
+    validation_sources: the validation text; where given, all of `sources` is for training.
+    A pair of token files (NAME.tokens), one as the source and one as the validation source, is taken as it is.
     progress: show a progress bar on standard error. block_bytes: bytes per hash in the token files.
     What is found in the cache depends on the sources' names, sizes and times of change, the tokenizer and the fraction.
     Files that are empty or not UTF-8 are left out and counted. No collective: call it on one rank, or on any number of
@@ -58,16 +61,32 @@ def prepare(
         raise ValueError(f"validation_fraction ({validation_fraction}) must be between 0 and 1")
     sources = [sources] if isinstance(sources, str | Path) else sources
     encoder = load_tokenizer(tokenizer, end_token)
-    documents = find_documents(sources, without=Path(cache))
-    key = _key(documents, encoder, f"{VERSION} {validation_fraction!r} {block_bytes}")
+    given = [Path(source) for source in (*sources, *validation_sources)]
+    if any(path.suffix == ".tokens" for path in given):
+        return _given_pair(given, len(sources))
+    documents = find_documents([*sources, *validation_sources], without=Path(cache))
+    num_train = len(find_documents(sources, without=Path(cache))) if validation_sources else None
+    key = _key(documents, encoder, f"{VERSION} {validation_fraction!r} {block_bytes} {num_train}")
     folder = Path(cache, key)
     if not folder.is_dir():
         with _made_aside(folder) as aside:
-            _write(aside, documents, encoder, validation_fraction, block_bytes, progress)
+            _write(aside, documents, num_train, encoder, validation_fraction, block_bytes, progress)
     train, validation = folder / "train.tokens", folder / "validation.tokens"
     with TokenFile(train) as file, TokenFile(validation):
         notes = file.index.notes
     return PreparedData(train, validation, notes["num_empty"], notes["num_undecodable"])
+
+
+def _given_pair(given: list[Path], num_sources: int) -> PreparedData:
+    if len(given) != 2 or num_sources != 1 or any(path.suffix != ".tokens" for path in given):
+        raise ValueError(
+            f"token files come in pairs, one as the source and one as the validation source, not mixed with text: got "
+            f"{', '.join(map(str, given))}"
+        )
+    for path in given:
+        with TokenFile(path) as file:
+            notes = file.index.notes
+    return PreparedData(given[0], given[1], notes.get("num_empty", 0), notes.get("num_undecodable", 0))
 
 
 def split_by_name(names: Sequence[str], validation_fraction: float) -> list[bool]:
@@ -112,6 +131,7 @@ def _made_aside(folder: Path) -> Iterator[Path]:
 def _write(
     folder: Path,
     documents: Sequence[Document],
+    num_train: int | None,
     encoder: Tokenizer,
     validation_fraction: float,
     block_bytes: int,
@@ -119,7 +139,10 @@ def _write(
 ) -> None:
     """`folder` holds train.tokens and validation.tokens of all documents that are text."""
     texts, num_empty, num_undecodable = _readable(documents)
-    held_out = dict(zip(texts, split_by_name([d.name for d in texts], validation_fraction)))
+    if num_train is None:
+        held_out = dict(zip(texts, split_by_name([d.name for d in texts], validation_fraction)))
+    else:
+        held_out = {d: i >= num_train for i, d in enumerate(documents)}
     with ExitStack() as stack:
         train, validation = (
             stack.enter_context(
