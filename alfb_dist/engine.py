@@ -107,6 +107,19 @@ def _mend(engine: Any) -> None:
         _guard_plain_optimizer(engine)
 
 
+def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> None:
+    """Nothing, or ValueError if parameters are to be trained that the model no longer holds: its unsharded experts."""
+    held = {id(p) for p in model.parameters()}
+    given = list(model_parameters or []) + list(getattr(optimizer, "param_groups", []))
+    for group in given:
+        for p in group["params"] if isinstance(group, dict) else [group]:
+            if id(p) not in held:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is to be trained but not in the model: sharding replaces the "
+                    "experts' parameters; give model_parameters or optimizer as a function, or call parallelize before"
+                )
+
+
 def initialize(
     model: nn.Module,
     ds_config: dict[str, Any],
@@ -118,6 +131,7 @@ def initialize(
     sequence_loss_alpha: float = 0.0,
     batch_loss_alpha: float = 0.0,
     timeout_seconds: float = 600,
+    model_parameters: Any = None,
     **deepspeed_arguments: Any,
 ) -> tuple[Any, Balancer]:
     """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
@@ -125,7 +139,9 @@ def initialize(
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
     ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,
         with float32 too. On CPU, Adam and AdamW are torch's.
-    deepspeed_arguments: such as model_parameters, optimizer or lr_scheduler, for `deepspeed.initialize`.
+    model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
+        the parallelised model, whose experts are new parameters. All that require gradients unless given.
+    deepspeed_arguments: more for `deepspeed.initialize`, such as optimizer or lr_scheduler.
     Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
     """
     check_ds_config(ds_config)
@@ -137,8 +153,13 @@ def initialize(
         batch_loss_alpha=batch_loss_alpha,
         timeout_seconds=timeout_seconds,
     )
+    if callable(model_parameters):
+        model_parameters = model_parameters(model)
+    _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
     start_without_compiler()
-    engine = deepspeed.initialize(model=model, config=with_defaults(ds_config), **deepspeed_arguments)[0]
+    engine = deepspeed.initialize(
+        model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
+    )[0]
     _mend(engine)
     return engine, Balancer(engine, rule=rule, rate=rate, centered=centered)
 

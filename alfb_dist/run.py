@@ -75,7 +75,7 @@ def start(config: Config) -> Run:
         sequence_loss_alpha=balance.sequence_loss_alpha,
         batch_loss_alpha=balance.batch_loss_alpha,
         timeout_seconds=config.run.timeout_seconds,
-        model_parameters=parameter_groups(model, config.optimizer.weight_decay),
+        model_parameters=lambda sharded: parameter_groups(sharded, config.optimizer.weight_decay),
         lr_scheduler=lr_schedule(config),
     )
     run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter())

@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,10 @@ class Grid:
     def ep_rank(self) -> int:
         """Which part of the experts this rank holds."""
         return self.ep_group.rank()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Grid:
+        """A copied model lives on the same ranks; process groups cannot be copied."""
+        return self
 
 
 def grid_ranks(world_size: int, ep_degree: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -94,6 +99,14 @@ def _discover_mpi() -> None:
     os.environ.update(zip(_LAUNCHER_VARIABLES, map(str, values)))
 
 
+def _share_cores() -> None:
+    """The ranks of a node share its cores evenly, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+        ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
 def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
     """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device."""
     _, _, local_rank = discover()
@@ -101,6 +114,8 @@ def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        _share_cores()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     return device
