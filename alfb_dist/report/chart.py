@@ -18,13 +18,14 @@ _HOVER_POINTS = 400
 
 @dataclass(frozen=True)
 class Line:
-    """One line. style: "main", "second", "thin" (in the background, not in the legend's hover) or "dots"."""
+    """One line. style: "main", "second", "thin" (in the background, without values under the pointer) or "dots"."""
 
     label: str
     x: Values
     y: Values
     style: str = "main"
     in_legend: bool = True
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Chart:
     size: tuple[int, int] = WIDE
     symlog: bool = False
     from_zero: bool = False
+    whole: bool = False
     x_label: str = "optimizer step"
 
 
@@ -73,7 +75,7 @@ def axes(chart: Chart) -> tuple[Axis, Axis]:
     include = (*(reference.level for reference in chart.references), *((0.0,) if chart.from_zero else ()))
     low, high = value_range([line.y for line in chart.lines], include=include)
     x_axis = Axis(x_low, x_high, _MARGIN_LEFT, width - _MARGIN_RIGHT)
-    return x_axis, Axis(low, high, height - _MARGIN_BOTTOM, _MARGIN_TOP, symlog=chart.symlog)
+    return x_axis, Axis(low, high, height - _MARGIN_BOTTOM, _MARGIN_TOP, symlog=chart.symlog, whole=chart.whole)
 
 
 def _extent(columns: list[Values]) -> tuple[float, float]:
@@ -85,7 +87,7 @@ def _extent(columns: list[Values]) -> tuple[float, float]:
 def _drawing(chart: Chart) -> str:
     width, height = chart.size
     x_axis, y_axis = axes(chart)
-    parts = [frame(x_axis, y_axis, x_label=chart.x_label, y_label=chart.y_label, x_ticks=width // 130)]
+    parts = [frame(x_axis, y_axis, x_label=chart.x_label, y_label=chart.y_label, x_ticks=width // 100)]
     parts += [_reference(reference, x_axis, y_axis) for reference in chart.references]
     parts += [_line(line, x_axis, y_axis, points=width) for line in chart.lines]
     hover = escape(_hover(chart, x_axis), quote=True)
@@ -102,14 +104,15 @@ def _line(line: Line, x_axis: Axis, y_axis: Axis, *, points: int) -> str:
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in zip(x_pixels, y_pixels) if np.isfinite(b)
         )
         return f'<g class="line dots">{title}<path d="{path(x_pixels, y_pixels)}"/>{dots}</g>'
-    return f'<path class="line {line.style}" d="{path(x_pixels, y_pixels)}">{title}</path>'
+    opacity = f' opacity="{line.opacity:.2f}"' if line.opacity < 1 else ""
+    return f'<path class="line {line.style}"{opacity} d="{path(x_pixels, y_pixels)}">{title}</path>'
 
 
 def _reference(reference: Reference, x_axis: Axis, y_axis: Axis) -> str:
     y = float(y_axis.position(reference.level))
     return (
         f'<line class="reference" x1="{x_axis.start:g}" x2="{x_axis.stop:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick end" x="{x_axis.stop - 4:g}" y="{y - 5:.1f}">{escape(reference.label)}</text>'
+        f'<text class="tick" x="{x_axis.start + 4:g}" y="{y - 5:.1f}">{escape(reference.label)}</text>'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,9 +40,10 @@ class RunConsole:
         if self._console.is_terminal:
             self._console.print(_start_panel(name, facts))
         else:
-            self._plain(f"{name}: " + ", ".join(f"{label} {value}" for label, value in facts))
+            self._console.print(Text(name), _facts(facts), sep="\n")
         if self._progress is not None:
             self._progress.start()
+            atexit.register(self.stop)  # a run that fails gives the terminal back, too
 
     def advance(self, record: dict[str, Any]) -> None:
         """The bar stands at the record's step; without a bar nothing is shown."""
@@ -69,7 +72,12 @@ class RunConsole:
     def close(self, name: str, rows: list[tuple[str, str]]) -> None:
         """The bar is gone and the rows stand as a table."""
         self.stop()
-        self._console.print(_final_table(name, rows, plain=not self._console.is_terminal))
+        if self._console.is_terminal:
+            self._console.print(_final_table(name, rows))
+            return
+        width = max((len(label) for label, _ in rows), default=0)
+        for line in (name, *(f"  {label:<{width}}  {value}" for label, value in rows)):
+            self._plain(line)  # never folded, so that a path can be copied
 
     def stop(self) -> None:
         """The bar no longer runs and the cursor is back; a second call changes nothing."""
@@ -83,8 +91,9 @@ class RunConsole:
         return Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
             TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             console=self._console,
             expand=True,
@@ -97,16 +106,16 @@ class RunConsole:
     def _bar_figures(self) -> str:
         loss, violation, rate = (self._shown.get(key) for key in _BAR_FIELDS)
         parts = [("loss", decimal(loss)), ("MaxVio", decimal(violation, 2)), ("tok/s", count(rate))]
-        return "  ".join(f"{label} [bold]{value}[/bold]" for label, value in parts if value not in ("-", "None"))
+        return "  ".join(f"{label} [bold]{value}[/bold]" for label, value in parts if value != "-")
 
     def _step_line(self, record: dict[str, Any]) -> str:
         step = record.get("step", self._first_step)
         width = len(str(self._total_steps))
-        skipped = f"  skipped {record['skipped']}" if record.get("skipped") else ""
+        skipped = f"  skip {record['skipped']}" if record.get("skipped") else ""
         return (
             f"step {step:>{width}}/{self._total_steps}  loss {decimal(record.get('loss'))}  "
-            f"MaxVio {decimal(record.get('max_violation_batch'), 2)}  "
-            f"{count(record.get('tokens_per_second'))} tokens/s  ETA {duration(self._remaining(step))}{skipped}"
+            f"MaxVio {count(record.get('max_violation_batch'))}  "
+            f"{count(record.get('tokens_per_second'))} tok/s  ETA {duration(self._remaining(step))}{skipped}"
         )
 
     def _remaining(self, step: int) -> float:
@@ -140,17 +149,16 @@ def _pair(figures: dict[str, Any], first: str, last: str) -> str:
 
 
 def _start_panel(name: str, facts: list[tuple[str, str]]) -> Panel:
-    body = Text()
-    for index, (label, value) in enumerate(facts):
-        body.append("  ·  " if index else "")
-        body.append(f"{label} ", style="dim")
-        body.append(value)
-    return Panel(body, title=Text(name, style="bold"), title_align="left", border_style="cyan", box=box.ROUNDED)
+    title = Text(name, style="bold")
+    return Panel(_facts(facts), title=title, title_align="left", border_style="cyan", box=box.ROUNDED)
 
 
-def _final_table(name: str, rows: list[tuple[str, str]], *, plain: bool) -> Table:
-    shape = None if plain else box.ROUNDED
-    table = Table(title=Text(name, style="bold"), title_justify="left", box=shape, show_header=False)
+def _facts(facts: list[tuple[str, str]]) -> Columns:
+    return Columns([Text.assemble((f"{label} ", "dim"), value) for label, value in facts], padding=(0, 3))
+
+
+def _final_table(name: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=Text(name, style="bold"), title_justify="left", box=box.ROUNDED, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:

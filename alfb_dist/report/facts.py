@@ -8,23 +8,22 @@ from typing import Any
 from alfb_dist.report.wording import count
 
 _FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("model", ("model_type", "architecture", "family")),
-    ("parameters", ("num_parameters", "parameters", "total_parameters")),
-    ("active parameters", ("num_active_parameters", "active_parameters")),
-    ("layers", ("num_hidden_layers", "num_layers")),
+    ("model", ("path", "family")),
+    ("parameters", ("num_parameters",)),
+    ("layers", ("num_hidden_layers",)),
     ("hidden size", ("hidden_size",)),
     ("routed experts", ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")),
-    ("experts per token", ("num_experts_per_tok", "top_k", "moe_k")),
+    ("experts per token", ("num_experts_per_tok", "moe_k")),
     ("shared experts", ("n_shared_experts", "num_shared_experts")),
     ("expert-parallel degree", ("ep_degree",)),
-    ("ranks", ("world_size", "world")),
+    ("ranks", ("world_size",)),
     ("balance rule", ("rule",)),
     ("bias rate", ("rate",)),
-    ("steps", ("steps", "total_steps")),
-    ("tokens a step", ("tokens_per_step", "global_batch_tokens")),
-    ("sequence length", ("sequence_length", "seq_len", "max_position_embeddings")),
+    ("steps", ("steps",)),
+    ("sequences a step", ("global_batch",)),
+    ("sequence length", ("sequence_length",)),
 )
-_COUNTED = {"parameters", "active parameters", "tokens a step"}
+_COUNTED = {"parameters"}
 
 
 def model_facts(config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,7 +48,7 @@ def binned_ratio(load_NLE: NDArray[np.int64], columns: int) -> NDArray[np.float6
 def time_slices(num_records: int, columns: int) -> list[tuple[int, int]]:
     """[start, stop) of at most `columns` runs of neighbouring records that together are all of them."""
     edges = np.linspace(0, num_records, min(columns, num_records) + 1).astype(int)
-    return [(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
+    return [(int(start), int(stop)) for start, stop in pairwise(edges)]
 
 
 def _palette() -> NDArray[np.uint8]:

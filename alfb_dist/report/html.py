@@ -8,8 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from alfb_dist.report.chart import HALF, Chart, Line, Reference, line_chart
 from alfb_dist.report.facts import flatten, model_facts
 from alfb_dist.report.figures import key_figures
@@ -54,7 +52,11 @@ def _header(run: RunData) -> str:
 
 def _tiles(run: RunData, figures: dict[str, Any]) -> str:
     entries = [
-        ("steps", _whole(figures.get("steps")), f"{count(figures.get('tokens'))} tokens" if "tokens" in figures else ""),
+        (
+            "steps",
+            _whole(figures.get("steps")),
+            f"{count(figures.get('tokens'))} tokens" if "tokens" in figures else "",
+        ),
         ("training loss", decimal(figures.get("last_loss")), f"first {decimal(figures.get('first_loss'))}, nats/token"),
         (
             "validation loss",
@@ -73,7 +75,10 @@ def _tiles(run: RunData, figures: dict[str, Any]) -> str:
             f"total time {duration(figures['total_seconds'])}" if "total_seconds" in figures else "median",
         ),
     ]
-    tiles = [f'<div class="tile"><span>{label}</span><b>{value}</b><small>{note}</small></div>' for label, value, note in entries]
+    tiles = [
+        f'<div class="tile"><span>{label}</span><b>{value}</b><small>{note}</small></div>'
+        for label, value, note in entries
+    ]
     return f'<section class="tiles">{"".join(tiles)}</section>' if run.training else ""
 
 
@@ -131,6 +136,7 @@ def _balance(run: RunData) -> str:
         [Line("dead experts", step, run.column("dead_experts"))],
         size=HALF,
         from_zero=True,
+        whole=True,
     )
     return _section("Balance", [*cards, line_chart(spread), line_chart(dead)])
 
@@ -138,12 +144,11 @@ def _balance(run: RunData) -> str:
 def _violation_chart(run: RunData, labels: list[str]) -> Chart:
     step, violation_NL = run.column("step"), run.violation_NL()
     names = labels if len(labels) == violation_NL.shape[1] else [str(layer) for layer in range(violation_NL.shape[1])]
+    faint = min(0.5, max(0.15, 8 / max(1, len(names))))  # many lines make a cloud, few stay lines
     layers = [
-        Line(name, step, violation_NL[:, layer], style="thin", in_legend=False) for layer, name in enumerate(names)
+        Line("each layer" if layer == 0 else name, step, violation_NL[:, layer], "thin", layer == 0, faint)
+        for layer, name in enumerate(names)
     ]
-    if layers:
-        nothing = np.full(len(step), np.nan)
-        layers.append(Line("each layer", step, nothing, style="thin"))
     lines = [*layers, Line("mean over layers", step, run.column("max_violation_batch"))]
     if run.evaluation:
         x, y = run.evaluation_column("step"), run.evaluation_column("max_violation_global")
@@ -188,7 +193,9 @@ def _configuration(run: RunData) -> str:
     rows = "".join(
         f"<tr><td>{escape(path)}</td><td>{escape(str(value))}</td></tr>" for path, value in flatten(redact(run.config))
     )
-    return f"<h2>Configuration</h2><details><summary>all settings</summary><table>{rows}</table></details>" if rows else ""
+    return (
+        f"<h2>Configuration</h2><details><summary>all settings</summary><table>{rows}</table></details>" if rows else ""
+    )
 
 
 def _whole(value: float | None) -> str:

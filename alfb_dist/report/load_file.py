@@ -54,7 +54,7 @@ class LoadFile:
     """The open loads.bin of a run."""
 
     def __init__(self, path: Path, *, layer_names: Sequence[str], last_step: int) -> None:
-        """Cut records after `last_step` and a cut-off record from an existing file; a new one starts at first append."""
+        """An existing file is cut to whole records up to `last_step`; a new one is made by the first append."""
         self._path = path
         self._layer_names = tuple(layer_names)
         self._layout = _read_layout(path)
@@ -64,7 +64,10 @@ class LoadFile:
             self._file = AppendFile(path, size=self._layout.header_bytes + kept * self._layout.record.itemsize)
 
     def append(self, step: int, load_LE: NDArray[np.int64], bias_LE: NDArray[np.float32]) -> None:
-        """The record is the file's last. Raises ValueError for another (L, E) than the file's, OSError from the disk."""
+        """The record is the file's last.
+
+        Raises ValueError for another (L, E) than the file's, OSError if the disk refuses.
+        """
         if self._file is None or self._layout is None:
             self._start(load_LE.shape[1])
         assert self._file is not None and self._layout is not None
@@ -81,7 +84,11 @@ class LoadFile:
     def _start(self, num_experts: int) -> None:
         header = _header(self._layer_names, num_experts)
         file = AppendFile(self._path, size=0)
-        file.append(header)
+        try:
+            file.append(header)
+        except OSError:
+            file.close()
+            raise
         self._file, self._layout = file, _Layout(self._layer_names, num_experts, len(header))
 
     def close(self) -> None:

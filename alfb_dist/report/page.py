@@ -16,7 +16,7 @@ h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em}
 h2{font-size:19px;margin:38px 0 12px}
 h3{font-size:15.5px;margin:0}h4{font-size:13px;font-weight:600;margin:0 0 2px;padding-left:4px}
 header p,figcaption p{color:var(--muted);margin:2px 0 0}
-figcaption p{font-size:13.5px;max-width:95ch}
+figcaption p{font-size:13.5px;max-width:120ch}
 .facts{margin-top:10px;display:flex;flex-wrap:wrap;gap:2px 20px;font-size:13.5px}
 .facts span{color:var(--muted)}.facts b{font-weight:600;color:var(--ink)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:12px;margin:24px 0 0}
@@ -24,7 +24,8 @@ figcaption p{font-size:13.5px;max-width:95ch}
 .tile span,.tile small{display:block;color:var(--muted);font-size:13px}
 .tile b{display:block;font-size:23px;line-height:1.35;font-weight:650;font-variant-numeric:tabular-nums}
 .cards{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px}
-.card{margin:0;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:16px 16px 10px;min-width:0}
+.card{margin:0;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:16px 16px 10px;
+min-width:0}
 .wide{grid-column:1/-1}
 @media (max-width:760px){.cards{grid-template-columns:minmax(0,1fr)}main{padding:20px 12px}}
 svg{display:block;width:100%;height:auto;margin-top:6px;overflow:visible}
@@ -34,18 +35,19 @@ svg{display:block;width:100%;height:auto;margin-top:6px;overflow:visible}
 .key.dots{width:9px;height:9px;border-radius:50%}
 .key.inner,.key.outer{height:11px;opacity:.38}.key.outer{opacity:.16}
 .ramp{display:inline-block;width:220px;height:12px;border-radius:3px;border:1px solid var(--edge)}
-.ramp-key{gap:2px 10px}
+.ramp-key{gap:2px 10px}.ramp-key span:last-child{margin-left:14px}
 .grid{stroke:var(--grid);stroke-width:1}.base{stroke:var(--muted);stroke-width:1;opacity:.6}
 .tick{fill:var(--muted);font-size:11.5px;font-variant-numeric:tabular-nums}.axis{fill:var(--muted);font-size:12px}
 .end{text-anchor:end}.mid{text-anchor:middle}
 .reference{stroke:var(--muted);stroke-width:1.2;stroke-dasharray:5 4}
 .line{fill:none;stroke:var(--main);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
-.line.second,.line.dots,.line.above{stroke:var(--second)}.dots circle{fill:var(--second);stroke:var(--card)}
-.line.thin{stroke:var(--thin);stroke-width:1;opacity:.38}
-.line.bias{stroke-width:1.3;opacity:.75}.line.bias:hover,.line.thin:hover{stroke-width:3;opacity:1}
+.line.second,.line.dots path,.line.above{stroke:var(--second)}
+.dots circle{fill:var(--second);stroke:var(--card);stroke-width:1}
+.line.thin{stroke:var(--thin);stroke-width:1}.dots path{fill:none;stroke-width:1;opacity:.6}
+.line.bias{stroke-width:1.3;opacity:.75}.line.bias:hover{stroke-width:3;opacity:1}
 .band{fill:var(--main);opacity:.16}.band.inner{opacity:.28}
 .plate{fill:var(--plate);stroke:var(--grid)}.heat{image-rendering:pixelated;cursor:crosshair}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(265px,1fr));gap:14px 12px;margin-top:12px}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:14px 12px;margin-top:12px}
 .empty{color:var(--muted);padding:18px 0}
 details{margin-top:14px}summary{cursor:pointer;color:var(--main);font-size:14px}
 table{border-collapse:collapse;font-size:13px;margin-top:10px}

@@ -13,7 +13,7 @@ from alfb_dist.report.heatmap import CAP, COLD, HOT, Shade, binned_ratio, load_r
 from alfb_dist.report.load_file import Loads
 from alfb_dist.report.svg import Axis, Values, band, frame, path, tick_text, value_range
 
-_WIDTH, _HEIGHT = 360, 190
+_WIDTH, _HEIGHT = 300, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 40
 _PIXELS = 1_400_000  # of all load pictures together, which keeps the page under 3 MB
 _MOST_COLUMNS = 400
@@ -24,11 +24,12 @@ _FEW_LAYERS = 12  # panels that stand open
 
 def load_panels(loads: Loads, labels: Sequence[str]) -> str:
     """Per layer, the load of every expert over the run as colour."""
-    num_records, num_layers, num_experts = loads.shape
+    _, num_layers, num_experts = loads.shape
     columns = max(20, min(_MOST_COLUMNS, _PIXELS // (num_layers * num_experts)))
     shade_LEC = np.moveaxis(shade(binned_ratio(loads.load_NLE, columns)), 0, -1)
     steps = _column_steps(loads, shade_LEC.shape[-1])
-    panels = [_load_panel(label, shade_EC, steps) for label, shade_EC in zip(labels, shade_LEC)]
+    x_axis = Axis(*_span(loads.steps.astype(np.float64)), _LEFT, _WIDTH - _RIGHT)
+    panels = [_load_panel(label, shade_EC, x_axis) for label, shade_EC in zip(labels, shade_LEC)]
     note = (
         "One row per expert, time runs to the right. No colour: the expert gets its fair share of tokens. "
         "Red: too many, blue: too few. A balanced layer fades to the background."
@@ -41,7 +42,7 @@ def last_load(loads: Loads, labels: Sequence[str]) -> str:
     """All layers and experts at the last logged step in one picture."""
     num_layers, num_experts = loads.shape[1:]
     height = min(520, max(90, 14 * num_layers)) + _BOTTOM
-    x_axis = Axis(0, num_experts, 74, 1106)
+    x_axis = Axis(-0.5, num_experts - 0.5, 74, 1106, whole=True)
     step = int(loads.steps[-1])
     body = _matrix(shade(load_ratio(loads.load_NLE[-1])), list(labels), x_axis, height)
     note = "One row per MoE layer, one column per expert; colours as in the panels below."
@@ -61,20 +62,21 @@ def bias_panels(loads: Loads, labels: Sequence[str]) -> str:
     y_axis = Axis(min(low, -high * 0.02), max(high, -low * 0.02), _HEIGHT - _BOTTOM, _TOP)
     draw = _bias_lines if as_lines else _bias_bands
     panels = [
-        _panel(label, _frame(x_axis, y_axis, "bias (score)") + _zero(x_axis, y_axis) + draw(x_axis, y_axis, steps, bias))
+        _panel(
+            label, _frame(x_axis, y_axis, "bias (score)") + _zero(x_axis, y_axis) + draw(x_axis, y_axis, steps, bias)
+        )
         for label, bias in zip(labels, np.moveaxis(bias_NLE, 1, 0))
     ]
     note = (
-        "What the update rule adds to an expert's score when experts are chosen. It climbs while the expert gets too few "
-        "tokens, sinks while it gets too many, and levels off once the layer is balanced. All panels share one scale."
+        "What the update rule adds to an expert's score when experts are chosen. It climbs while the expert gets too "
+        "few tokens, sinks while it gets too many, and levels off in balance. All panels share one scale."
     )
     return figure("Routing bias, layer by layer", note, _bias_key(as_lines) + _grid(panels))
 
 
-def _load_panel(label: str, shade_EC: Shade, steps: list[int]) -> str:
+def _load_panel(label: str, shade_EC: Shade, x_axis: Axis) -> str:
     num_experts = len(shade_EC)
-    x_axis = Axis(*_span(np.array(steps, dtype=np.float64)), _LEFT, _WIDTH - _RIGHT)
-    y_axis = Axis(num_experts, 0, _HEIGHT - _BOTTOM, _TOP)  # expert 0 on top
+    y_axis = Axis(-0.5, num_experts - 0.5, _TOP, _HEIGHT - _BOTTOM, whole=True)  # expert 0 on top
     image = _image(shade_EC, x_axis.start, _TOP, x_axis.stop - x_axis.start, _HEIGHT - _BOTTOM - _TOP, label)
     return _panel(label, _frame(x_axis, y_axis, "expert") + image)
 
@@ -82,7 +84,7 @@ def _load_panel(label: str, shade_EC: Shade, steps: list[int]) -> str:
 def _matrix(shade_LE: Shade, labels: list[str], x_axis: Axis, height: int) -> str:
     """The layers x experts picture with its layer names."""
     bottom = height - _BOTTOM
-    y_axis = Axis(len(labels), 0, bottom, 8)
+    y_axis = Axis(0, len(labels), 8, bottom)
     image = _image(shade_LE, x_axis.start, 8, x_axis.stop - x_axis.start, bottom - 8, "")
     every = max(1, len(labels) * 14 // bottom + (len(labels) > 30))
     names = "".join(
@@ -91,9 +93,8 @@ def _matrix(shade_LE: Shade, labels: list[str], x_axis: Axis, height: int) -> st
         for row in range(0, len(labels), every)
     )
     ticks = "".join(
-        f'<text class="tick mid" x="{float(x_axis.position(tick + 0.5)):.1f}" y="{bottom + 17}">{tick_text(tick)}</text>'
+        f'<text class="tick mid" x="{float(x_axis.position(tick)):.1f}" y="{bottom + 17}">{tick_text(tick)}</text>'
         for tick in x_axis.ticks(12)
-        if tick < x_axis.high and tick == int(tick)
     )
     label = f'<text class="axis end" x="{x_axis.stop:g}" y="{bottom + 33}">expert</text>'
     return f'<svg viewBox="0 0 1120 {height}" role="img">{image}{names}{ticks}{label}</svg>'
@@ -103,8 +104,8 @@ def _image(shade_HW: Shade, x: float, y: float, width: float, height: float, lab
     rows, columns = shade_HW.shape
     return (
         f'<rect class="plate" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"/>'
-        f'<image class="heat" data-shape="{rows},{columns}" data-layer="{escape(label, quote=True)}" x="{x:g}" y="{y:g}" '
-        f'width="{width:g}" height="{height:g}" preserveAspectRatio="none" href="{picture(shade_HW)}"/>'
+        f'<image class="heat" data-shape="{rows},{columns}" data-layer="{escape(label, quote=True)}" x="{x:g}" '
+        f'y="{y:g}" width="{width:g}" height="{height:g}" preserveAspectRatio="none" href="{picture(shade_HW)}"/>'
     )
 
 
@@ -140,10 +141,12 @@ def _bias_key(as_lines: bool) -> str:
 
 def _colour_key() -> str:
     cold, hot = (f"rgba({','.join(map(str, colour))}" for colour in (COLD, HOT))
-    bar = f'<i class="ramp" style="background:linear-gradient(90deg,{cold},1),{cold},0) 50%,{hot},0) 50%,{hot},1))"></i>'
+    bar = (
+        f'<i class="ramp" style="background:linear-gradient(90deg,{cold},1),{cold},0) 50%,{hot},0) 50%,{hot},1))"></i>'
+    )
     return (
-        f'<div class="legend ramp-key"><span>&le; 1/{CAP:g} of the mean load</span>{bar}<span>&ge; {CAP:g} times the mean'
-        "</span><span>logarithmic; no colour = mean load</span></div>"
+        f'<div class="legend ramp-key"><span>&le; 1/{CAP:g} of the mean load</span>{bar}'
+        f"<span>&ge; {CAP:g} times the mean</span><span>logarithmic; no colour = mean load</span></div>"
     )
 
 
@@ -152,16 +155,18 @@ def _grid(panels: list[str], data: str = "") -> str:
     shown, hidden = panels[:_FEW_LAYERS], panels[_FEW_LAYERS:]
     grid = f'<div class="panels">{"".join(shown)}</div>'
     if hidden:
-        grid += f'<details><summary>{len(hidden)} more layers</summary><div class="panels">{"".join(hidden)}</div></details>'
+        summary = f"<summary>{len(hidden)} more layers</summary>"
+        grid += f'<details>{summary}<div class="panels">{"".join(hidden)}</div></details>'
     return f"<div {data}>{grid}</div>"
 
 
 def _panel(label: str, body: str) -> str:
-    return f'<div class="panel"><h4>{escape(label)}</h4><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{body}</svg></div>'
+    drawing = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{body}</svg>'
+    return f'<div class="panel"><h4>{escape(label)}</h4>{drawing}</div>'
 
 
 def _frame(x_axis: Axis, y_axis: Axis, y_label: str) -> str:
-    return frame(x_axis, y_axis, x_label="optimizer step", y_label=y_label, x_ticks=3, y_ticks=3)
+    return frame(x_axis, y_axis, x_label="optimizer step", y_label=y_label, x_ticks=3, y_ticks=4)
 
 
 def _zero(x_axis: Axis, y_axis: Axis) -> str:

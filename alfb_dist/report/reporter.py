@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Reporter:
         self._html = html
         self._complained: set[str] = set()
         self._closed = False
+        self._started = time.monotonic()
         self._metrics = MetricsFile(run_folder / METRICS, last_step=first_step)
         self._loads = LoadFile(run_folder / LOADS, layer_names=layer_names, last_step=first_step)
         self._console = RunConsole(progress=progress, total_steps=total_steps, first_step=first_step)
@@ -93,12 +95,13 @@ class Reporter:
 
         Keys of the summary, each optional and taken before what the records tell: first_loss, last_loss, val_loss,
         val_perplexity, unigram_entropy (nats/token), max_violation_batch_peak, max_violation_batch_last,
-        max_violation_global, tokens_per_second, tokens, steps, total_seconds, checkpoint (a path). A second call
-        changes nothing.
+        max_violation_global, tokens_per_second, tokens, steps, total_seconds (of this start), checkpoint (a path; else
+        the newest in the run folder). A second call changes nothing.
         """
         if self._closed:
             return
         self._closed = True
+        summary = {"total_seconds": time.monotonic() - self._started} | summary
         self._try("terminal", self._console.stop)
         if self._wandb is not None:
             self._wandb.close()
@@ -114,10 +117,11 @@ class Reporter:
 
     def _show_results(self, summary: dict[str, Any], report: Path | None) -> None:
         figures = key_figures(read_run(self._folder), summary)
+        stated = figures.get("checkpoint")
         files = {
             "report": report,
-            "checkpoint": Path(figures["checkpoint"]) if figures.get("checkpoint") else None,
-            "wandb": _newest(self._folder / "wandb", "*run-*"),
+            "checkpoint": Path(stated) if stated else _newest(self._folder / "checkpoints", "step-*[0-9]"),
+            "wandb": self._folder / "wandb" if (self._folder / "wandb").exists() else None,
             "metrics": self._folder / METRICS,
         }
         self._console.close(self._name, result_rows(figures, files))

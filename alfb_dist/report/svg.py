@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,17 @@ _LINEAR_UP_TO = 0.1  # a symlog axis is linear below and logarithmic above
 
 @dataclass(frozen=True)
 class Axis:
-    """A number line laid on pixels. symlog: shows 0 and several powers of ten on one axis; meant for values >= 0."""
+    """A number line laid on pixels.
+
+    symlog: shows 0 and several powers of ten on one axis; meant for values >= 0. whole: ticks at whole numbers only.
+    """
 
     low: float
     high: float
     start: float
     stop: float
     symlog: bool = False
+    whole: bool = False
 
     def position(self, values: Values | float) -> Values:
         """Pixel of each value; NaN stays NaN."""
@@ -34,7 +39,8 @@ class Axis:
     def ticks(self, wanted: int = 5) -> list[float]:
         """About `wanted` round values from low to high."""
         if not self.symlog:
-            return nice_ticks(self.low, self.high, wanted)
+            ticks = nice_ticks(self.low, self.high, wanted)
+            return [tick for tick in ticks if not self.whole or tick == int(tick)]
         decades = [0.0, *(digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5))]
         inside = [tick for tick in decades if self.low <= tick <= self.high]
         return inside if len(inside) <= wanted + 3 else [tick for tick in inside if f"{tick:g}".strip("0.")[:1] != "2"]
@@ -78,7 +84,7 @@ def thinned(x: Values, y: Values, limit: int) -> tuple[Values, Values]:
         return x, y
     kept: list[int] = []
     edges = np.linspace(0, len(x), max(limit // 2, 1) + 1).astype(int)
-    for start, stop in zip(edges[:-1], edges[1:]):
+    for start, stop in pairwise(edges):
         part = y[start:stop]
         if np.isfinite(part).any():
             kept += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
@@ -110,7 +116,8 @@ def band(x_pixels: Values, low_pixels: Values, high_pixels: Values) -> str:
 
 def frame(x_axis: Axis, y_axis: Axis, *, x_label: str, y_label: str, x_ticks: int = 8, y_ticks: int = 5) -> str:
     """Grid lines, tick labels and axis labels of a chart."""
-    left, right, bottom, top = x_axis.start, x_axis.stop, y_axis.start, y_axis.stop
+    left, right = x_axis.start, x_axis.stop
+    top, bottom = sorted((y_axis.start, y_axis.stop))
     parts = []
     for tick in y_axis.ticks(y_ticks):
         y = float(y_axis.position(tick))

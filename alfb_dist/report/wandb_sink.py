@@ -13,8 +13,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from alfb_dist.report.redaction import redact
 from alfb_dist.report.wandb_values import Values, evaluation_values, training_values
 
-_INIT_SECONDS = 10.0
+_INIT_SECONDS = 8.0
 _FINISH_SECONDS = 8.0
 _CLOSE_SECONDS = 15.0
 _QUEUED = 1000
@@ -74,13 +75,22 @@ class WandbSink:
     """One wandb run under the run folder, fed from a queue."""
 
     def __init__(
-        self, run_folder: Path, *, mode: str, project: str, run_name: str, config: dict[str, Any], say: Callable[[str], None]
+        self,
+        run_folder: Path,
+        *,
+        mode: str,
+        project: str,
+        run_name: str,
+        config: dict[str, Any],
+        say: Callable[[str], None],
     ) -> None:
         """The thread that starts the wandb run is under way. mode: "online" or "offline". say: shows a message."""
         self._folder = run_folder
         self._mode = mode
-        self._identity = {"project": project, "name": run_name, "config": redact(config)}
-        self._say = say
+        # Each start, also one that resumes, is a wandb run of its own; the starts of one run share a group.
+        self._identity = {"project": project, "name": run_name, "group": run_name, "config": redact(config)}
+        self._show = say
+        self._left_behind = False
         self._records = 0
         self._queue: queue.Queue[Callable[[], Values] | None] = queue.Queue(maxsize=_QUEUED)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -90,12 +100,13 @@ class WandbSink:
         """The record waits to be logged, with a picture of the loads every now and then; dropped if wandb lags far."""
         with_picture = self._records % _MEDIA_EVERY == 0
         self._records += 1
-        loads = load_LE if with_picture else None
-        self._put(lambda: training_values(record, loads, layer_names))
+        kept, loads = dict(record), load_LE if with_picture else None
+        self._put(lambda: training_values(kept, loads, layer_names))
 
     def evaluation(self, record: dict[str, Any], load_LE: np.ndarray[Any, Any], layer_names: Sequence[str]) -> None:
         """The record waits to be logged."""
-        self._put(lambda: evaluation_values(record, load_LE, layer_names))
+        kept = dict(record)
+        self._put(lambda: evaluation_values(kept, load_LE, layer_names))
 
     def close(self) -> None:
         """The wandb run is finished, or given up after 15 s; what was logged stays in the run folder either way."""
@@ -103,16 +114,20 @@ class WandbSink:
         try:
             self._queue.put(None, timeout=_CLOSE_SECONDS)
         except queue.Full:
-            return self._say("wandb: does not take records any more, left behind")
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+            pass  # as good as not finished
+        else:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"wandb: not finished after {_CLOSE_SECONDS:g} s, left behind; `wandb sync` uploads what is on disk")
+            self._say(f"wandb: left behind after {_CLOSE_SECONDS:g} s; `wandb sync` uploads what is on disk")
+            self._left_behind = True
+
+    def _say(self, text: str) -> None:
+        if not self._left_behind:
+            self._show(text)
 
     def _put(self, values: Callable[[], Values]) -> None:
-        try:
+        with suppress(queue.Full):  # metrics.jsonl has every record, and no training step waits for a dashboard
             self._queue.put_nowait(values)
-        except queue.Full:
-            pass  # metrics.jsonl has every record; a training step is worth more than a point on a dashboard
 
     def _work(self) -> None:
         run = self._start()
@@ -128,16 +143,18 @@ class WandbSink:
             self._say("wandb: online was asked for but there is no account here (`wandb login`), recording offline")
             self._mode = "offline"
         try:
-            return self._init(self._mode)
+            return self._init("online" if self._mode == "online" else "offline")
         except Exception as error:
             if self._mode == "offline":
                 self._say(f"wandb: off, since it does not start: {_brief(error)}")
                 return None
-            self._say(f"wandb: the server does not answer ({_brief(error)}); recording offline, `wandb sync` uploads later")
+            self._say(
+                f"wandb: the server does not answer ({_brief(error)}); recording offline, `wandb sync` uploads later"
+            )
         self._mode = "offline"
         return self._start()
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb's own telemetry delays exit in an outage
         import wandb
 

@@ -79,6 +79,7 @@ def _load_panel(step: int, load_LE: np.ndarray[Any, Any], layer_names: Sequence[
         f"<p>Step {step}: load of every layer (row) and expert (column). Red: over the mean, full at {CAP:g} times; "
         f"blue: under it, full at 1/{CAP:g}; white: the mean.</p>"
         "<img style='width:100%;min-height:120px;image-rendering:pixelated;border:1px solid #ddd' "
-        f"src='{picture(shade(ratio_LE))}'><table><tr><th align='left'>layer</th><th>MaxVio</th></tr>{rows}</table></body>"
+        f"src='{picture(shade(ratio_LE))}'>"
+        f"<table><tr><th align='left'>layer</th><th>MaxVio</th></tr>{rows}</table></body>"
     )
     return wandb.Html(html, inject=False)

@@ -9,9 +9,9 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def count(value: Any, digits: int = 3) -> str:
-    """A number to `digits` digits: 950, 12.3k, 4.56M, 671B; other values as they print."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return str(value)
+    """A number to `digits` digits: 950, 12.3k, 4.56M, 671B; "-" if there is none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
     for size, unit in _UNITS:
         if abs(value) >= size * (1 - 0.5 * 10**-digits):  # what would be rounded up to the unit takes the unit
             scaled = value / size
