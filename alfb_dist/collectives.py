@@ -20,6 +20,11 @@ def size(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
+def group_rank(group: Group) -> int:
+    """This process's rank in the group."""
+    return 0 if group is None else group.rank()
+
+
 def world_group() -> Group:
     """The group of all ranks, or None where torch.distributed is not up."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
@@ -43,7 +48,7 @@ def all_max(x: Tensor, group: Group) -> Tensor:
 
 def all_equal(x: Tensor, group: Group) -> bool:
     """Whether x has the same bits on every rank of the group; collective."""
-    bits = x.detach().contiguous().flatten().view(torch.uint8).to(torch.int16)
+    bits = x.detach().contiguous().flatten().view(torch.uint8).to(torch.int32)  # a type of every backend
     extremes = all_max(torch.cat([bits, -bits]), group)
     return bool((extremes[: bits.numel()] == -extremes[bits.numel() :]).all())
 
@@ -60,6 +65,15 @@ def broadcast_object(value: Any, group: Group) -> Any:
     if group is not None and group.size() > 1:
         dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
     return box[0]
+
+
+def gather_objects(value: Any, group: Group) -> list[Any] | None:
+    """Each rank's value (any plain object) in rank order on the group's first rank, None on the others; collective."""
+    if group is None or group.size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(value, gathered, dst=dist.get_global_rank(group, 0), group=group)
+    return gathered
 
 
 def barrier(group: Group) -> None:

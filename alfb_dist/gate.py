@@ -26,16 +26,18 @@ class Batch:
 
     shape: tuple[int, int] | None = None  # sequences, positions
     mask_BS: Tensor | None = None  # False on padding; None where nothing is padded
+    evaluated_mask_BS: Tensor | None = None  # the same of an evaluation, which a backward still to come must not see
     loss_scale: LossScale = field(default_factory=LossScale)
 
-    def mask_T(self, num_tokens: int) -> Tensor | None:
+    def mask_T(self, num_tokens: int, *, evaluated: bool = False) -> Tensor | None:
         """The mask of the forward's tokens in their order. ValueError if it does not fit."""
-        if self.mask_BS is None:
+        mask_BS = self.evaluated_mask_BS if evaluated else self.mask_BS
+        if mask_BS is None:
             return None
-        if self.mask_BS.numel() != num_tokens:
-            shape = tuple(self.mask_BS.shape)
+        if mask_BS.numel() != num_tokens:
+            shape = tuple(mask_BS.shape)
             raise ValueError(f"the attention mask {shape} does not have one entry for each of {num_tokens} tokens")
-        return self.mask_BS.flatten()
+        return mask_BS.flatten()
 
 
 @dataclass
@@ -51,6 +53,10 @@ class AuxLosses:
         """Whether any of them takes part."""
         return self.sequence_alpha > 0 or self.batch_alpha > 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AuxLosses:
+        """A copied model lives on the same ranks; process groups cannot be copied."""
+        return self
+
 
 class _CommitLoad(torch.autograd.Function):
     """Passes the weights on; its backward adds the load, so a token counts once whatever is recomputed or evaluated."""
@@ -62,7 +68,9 @@ class _CommitLoad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.gate.add_load(ctx.load_E)
+        if ctx.load_E is not None:
+            ctx.gate.add_load(ctx.load_E)
+        ctx.load_E = None  # a second backward through the same graph (retain_graph) brings no new tokens
         return grads[0], None, None
 
 
@@ -95,7 +103,8 @@ class BalancedGate(nn.Module):
         if self.training and torch.is_grad_enabled():
             return logits_TE, self._observe(logits_TE, weights_TK, ids_TK), ids_TK
         if self.measured_load_E is not None:
-            self.measured_load_E = self.measured_load_E + self._load(ids_TK, self.batch.mask_T(ids_TK.shape[0]))
+            mask_T = self.batch.mask_T(ids_TK.shape[0], evaluated=True)
+            self.measured_load_E = self.measured_load_E + self._load(ids_TK, mask_T)
         return output
 
     def _route(self, hidden_states: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.aux_loss import LossScale
 from alfb_dist.collectives import size, world_group
 from alfb_dist.families import MoEBlock, is_fused, moe_blocks
 from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate
@@ -38,13 +37,24 @@ def _check(model: nn.Module, blocks: list[MoEBlock], ep_degree: int) -> None:
             raise ValueError(f"{block.name}.experts ({kind}) are not fused SwiGLU experts (gate_up_proj, down_proj)")
 
 
-def _note_batch(model: nn.Module, batch: Batch) -> None:
-    """Before each forward of the model, the batch's shape and padding are known to its gates."""
+def _first_gate(model: nn.Module) -> BalancedGate:
+    """The gate by which a hook finds the batch of the model that it runs in, which may be a copy of the hooked one."""
+    return next(m for m in model.modules() if isinstance(m, BalancedGate))
+
+
+def _note_batch(model: nn.Module) -> None:
+    """Before each forward of the model, the batch's shape and padding are known to its gates.
+
+    An evaluation leaves those of the last training forward: a backward still to come may recompute with them.
+    """
     signature = inspect.signature(model.forward)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        gate, given = _first_gate(module), signature.bind_partial(*args, **kwargs).arguments
+        batch, given = gate.batch, {**given, **given.get("kwargs", {})}
+        if not (gate.training and torch.is_grad_enabled()):
+            batch.evaluated_mask_BS = padding_mask(given.get("attention_mask"))
+            return
         inputs = next((given[k] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None), None)
         batch.shape = None if inputs is None else (inputs.shape[0], inputs.shape[1])
         batch.loss_scale.gradient = None
@@ -65,13 +75,13 @@ def padding_mask(attention_mask: Any) -> Tensor | None:
     return None if bool(mask_BS.all()) else mask_BS
 
 
-def _tap_loss(model: nn.Module, scale: LossScale) -> None:
+def _tap_loss(model: nn.Module) -> None:
     """The loss that the model returns tells its scale to the auxiliary losses as its backward starts."""
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         loss = getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            output.loss = scale.of(loss)
+            output.loss = _first_gate(module).batch.loss_scale.of(loss)
         return output
 
     model.register_forward_hook(after)
@@ -81,12 +91,15 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
     """The model's gates count their loads from now on; in place, idempotent. Its gates, in the model's order."""
     gates = [m for m in model.modules() if isinstance(m, BalancedGate)]
     if gates:
+        if aux is not None and aux.on:
+            raise ValueError("auxiliary losses come with parallelize, which must be called before a Balancer is made")
         return gates
     batch, aux = Batch(), aux or AuxLosses()
     gates = [balance_gate(b.gate, b.bias_name, batch, aux) for b in moe_blocks(model)]
-    _note_batch(model, batch)
-    if aux.on:
-        _tap_loss(model, batch.loss_scale)
+    if gates:
+        _note_batch(model)
+    if gates and aux.on:
+        _tap_loss(model)
     return list(dict.fromkeys(gates))  # a gate that two blocks share counts as one
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
+
 VOCAB = 61
 GROUP_LIMITED: dict[str, int] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 """Overrides for `tiny_model`: each token's four experts come from two of four groups of four."""
@@ -21,7 +23,7 @@ def tiny_config(**overrides: Any) -> DeepseekV3Config:
         "vocab_size": VOCAB,
         "hidden_size": 24,
         "intermediate_size": 40,
-        "moe_intermediate_size": 20,
+        "moe_intermediate_size": 16,
         "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
         "num_attention_heads": 2,
@@ -42,6 +44,7 @@ def tiny_config(**overrides: Any) -> DeepseekV3Config:
         "num_nextn_predict_layers": 0,
         "use_cache": False,
         "attn_implementation": "eager",
+        "experts_implementation": "eager",
     }
     return DeepseekV3Config(**{**sizes, **overrides})
 
@@ -93,6 +96,28 @@ def tiny_batch(
     return batch
 
 
+def gate_outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each gate's (logits, weights, expert ids) in an evaluation of the batch."""
+    outputs: list[Any] = []
+    hooks = [g.register_forward_hook(lambda _, __, output: outputs.append(output)) for g in gates(model)]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def expected_load(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """int64 (L, E): how often each expert is chosen by tokens that are no padding, counted one by one."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().tolist()
+    load_LE = torch.zeros(len(gates(model)), gates(model)[0].e_score_correction_bias.numel(), dtype=torch.int64)
+    for load_E, (_, _, ids_TK) in zip(load_LE, gate_outputs(model, batch)):
+        for ids, real in zip(ids_TK.tolist(), mask):
+            for i in ids:
+                load_E[i] += real
+    return load_LE
+
+
 def part(batch: dict[str, Tensor], index: int, parts: int) -> dict[str, Tensor]:
     """One of the equal parts into which a batch's sequences are cut: what one of `parts` ranks trains on."""
     return {name: x.chunk(parts)[index] for name, x in batch.items()}
@@ -123,20 +148,28 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _summed(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """The sums over the group, in one all-reduce."""
+    flat = torch.cat([x.detach().flatten() for x in tensors.values()])
+    if group is not None:
+        dist.all_reduce(flat, group=group)
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {name: x.view_as(tensors[name]) for name, x in zip(tensors, parts)}
+
+
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradient of the sum of all ranks' losses by parameter name, experts gathered to (E, ...); collective.
 
     From `param.grad` as the backward left it, before any averaging. KeyError where a gradient is None on this rank.
     """
-    shards, gradients = _shards(model), {}
-    for name, p in model.named_parameters():
-        if p.grad is None:
-            raise KeyError(f"{name} has no gradient")
-        total = p.grad.detach().clone()
-        if name in shards:
-            dist.all_reduce(total, group=shards[name].expert_data_group)
-            total = _gathered(total, shards[name].ep_group)
-        elif dist.is_initialized():
-            dist.all_reduce(total)
-        gradients[name] = total
-    return gradients
+    shards, parameters = _shards(model), dict(model.named_parameters())
+    missing = [name for name, p in parameters.items() if p.grad is None]
+    if missing:
+        raise KeyError(f"no gradient of {', '.join(missing)}")
+    expert = {name: parameters[name].grad for name in parameters if name in shards}
+    dense = {name: parameters[name].grad for name in parameters if name not in shards}
+    dense = _summed(dense, dist.group.WORLD if dist.is_initialized() else None)
+    if expert:
+        grid = next(iter(shards.values()))
+        expert = {n: _gathered(g, grid.ep_group) for n, g in _summed(expert, grid.expert_data_group).items()}
+    return {name: (expert if name in expert else dense)[name] for name in parameters}

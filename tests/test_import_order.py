@@ -1,0 +1,174 @@
+"""Data flows one way: a module imports only from what stands left of it, and collectives live in one file."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import alfb_dist
+
+PACKAGE = Path(alfb_dist.__file__).parent
+ROOT = PACKAGE.name
+
+ORDER = """
+    stop config topology collectives metrics balance router aux_loss dispatch experts families gate moe parallelize
+    balancer model data ds_config engine checkpoint report estimate run_folder run train bench cli
+""".split()
+"""The files and folders of the package, from left to right. A new one takes its place here."""
+
+HOLDS_COLLECTIVES = {"collectives", "topology"}
+
+# What any file may use of torch.distributed: questions about a process and its groups, none of which communicates.
+HARMLESS = {
+    "ProcessGroup",
+    "get_backend",
+    "get_global_rank",
+    "get_process_group_ranks",
+    "get_rank",
+    "get_world_size",
+    "group",
+    "is_available",
+    "is_initialized",
+}
+# ProcessGroup's own methods that communicate.
+METHODS = {"allgather", "allreduce", "alltoall", "alltoall_base", "reduce_scatter", "recv_anysource"}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name, parsed."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = (ROOT, *path.relative_to(PACKAGE).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(tree: ast.Module, known: set[str]) -> Iterator[str]:
+    """The package's modules that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == ROOT)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            if node.module and node.module.split(".")[0] == ROOT:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    yield inner if inner in known else node.module
+
+
+def place(module: str) -> str:
+    """Which entry of ORDER a dotted name belongs to; the package itself belongs to none."""
+    return module.split(".")[1] if "." in module else ROOT
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert sorted({place(m) for m in MODULES} - {ROOT}) == sorted(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != ROOT])
+def test_module_imports_only_from_its_left(module: str) -> None:
+    here = ORDER.index(place(module))
+    for imported in imports_of(MODULES[module], set(MODULES)):
+        if imported != ROOT and place(imported) != place(module):
+            there = ORDER.index(place(imported))
+            assert there < here, f"{module} imports {imported}, which stands right of it"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Also within a folder. The package itself imports on demand only, so nothing imports by way of it."""
+    graph = {m: set(imports_of(tree, set(MODULES))) - {ROOT, m} for m, tree in MODULES.items() if m != ROOT}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_package_and_command_line_start_without_torch() -> None:
+    heavy = ("torch", "deepspeed", "transformers")
+    code = f"import sys, {ROOT}, {ROOT}.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", alfb_dist.__all__)
+def test_public_name_stays_what_it_is_after_any_import(name: str) -> None:
+    """`alfb_dist.parallelize` is the function, also once the file of that name has been imported."""
+    home = importlib.import_module(f"{ROOT}.{alfb_dist._HOMES[name]}")
+    for _ in range(2):
+        public = getattr(alfb_dist, name)
+        assert not isinstance(public, ModuleType) and public is getattr(home, name)
+    assert name in dir(alfb_dist)
+
+
+def test_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'alfb_dist' has no attribute 'nothing'"):
+        _ = alfb_dist.nothing
+
+
+def dotted(node: ast.expr) -> str:
+    """a.b.c of an attribute of a name, '' of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (inner := dotted(node.value)):
+        return f"{inner}.{node.attr}"
+    return ""
+
+
+def communicates(tree: ast.Module) -> list[str]:
+    """What a module uses of torch.distributed, deepspeed.comm or a process group that may be a collective."""
+    names, used = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            used += [f"{node.module}.{a.name}" for a in node.names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = dotted(node).partition(".")
+            used.append(f"{names.get(root, root)}.{rest}")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            used.append(f"torch.distributed.{node.func.attr}")
+    inside = [
+        u.removeprefix(f"{home}.")
+        for u in used
+        for home in ("torch.distributed", "deepspeed.comm")
+        if u.startswith(f"{home}.")
+    ]
+    return sorted({u for u in inside if u.split(".")[0] not in HARMLESS})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_files_for_it_communicate(module: str) -> None:
+    used = communicates(MODULES[module])
+    assert (not used) or place(module) in HOLDS_COLLECTIVES, f"{module} uses {used}"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch.distributed as dist\ndist.all_reduce(x)", ["all_reduce"]),
+        ("import torch\ntorch.distributed.barrier()", ["barrier"]),
+        ("def f():\n    from torch.distributed import broadcast as b\n    b(x)", ["broadcast"]),
+        ("from torch import distributed\ndistributed.all_gather(x, y)", ["all_gather"]),
+        ("import deepspeed\ndeepspeed.comm.all_reduce(x)", ["all_reduce"]),
+        ("from deepspeed import comm as dist\ndist.barrier()", ["barrier"]),
+        ("def f(group):\n    group.allreduce([x])", ["allreduce"]),
+        ("import torch.distributed as dist\nf = dist.new_group", ["new_group"]),
+        ("import torch.distributed as dist\ndist.get_rank()\ndist.group.WORLD", []),
+        ("from alfb_dist.collectives import all_sum, barrier\nbarrier(all_sum(x, g))", []),
+    ],
+)
+def test_check_for_collectives_sees_them_in_every_guise(source: str, found: list[str]) -> None:
+    assert communicates(ast.parse(source)) == found
