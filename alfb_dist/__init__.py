@@ -10,8 +10,6 @@ Shape suffixes, used all over the package:
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -20,7 +18,7 @@ _HOMES = {
     "update_bias": "balance",
     "Balancer": "balancer",
     "max_violation": "metrics",
-    "parallelize": "parallelize",
+    "parallelize": "sharding",
     "initialize": "engine",
 }
 __all__ = ["Balancer", "initialize", "max_violation", "parallelize", "update_bias"]
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from alfb_dist.balancer import Balancer
     from alfb_dist.engine import initialize
     from alfb_dist.metrics import max_violation
-    from alfb_dist.parallelize import parallelize
+    from alfb_dist.sharding import parallelize
 
 
 def __getattr__(name: str) -> Any:
@@ -42,14 +40,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
-
-
-class _Package(ModuleType):
-    """A public name stays what it is: importing a file binds its module to the package, over a name that it shares."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alfb_dist.balance import Schedule, check_rule, update_bias
 from alfb_dist.collectives import Group, all_sum, broadcast_, size, world_group
-from alfb_dist.parallelize import watch
+from alfb_dist.sharding import watch
 
 
 class Balancer:
@@ -25,7 +25,7 @@ class Balancer:
 
     def __init__(
         self,
-        engine_or_model: nn.Module,
+        engine_or_model: Any,
         *,
         rule: str = "sign",
         rate: float | Schedule = 1e-3,
@@ -35,8 +35,8 @@ class Balancer:
         check_rule(rule, rate(0) if callable(rate) else rate)
         self.rule, self.rate, self.centered = rule, rate, centered
         self.group = group or world_group()
-        self.engine = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
-        model: nn.Module = engine_or_model.module if self.engine is not None else engine_or_model
+        self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
+        model: nn.Module = engine_or_model if self.engine is None else self.engine.module
         self.gates = watch(model)
         if not self.gates:
             raise ValueError(f"{type(model).__name__} has no MoE block with a gate that carries a selection bias")
@@ -47,7 +47,7 @@ class Balancer:
         """Bias updates so far; skipped steps do not count."""
         self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
         """int64: the global load of the last finished step, zero before the first."""
-        self._seen_steps = 0 if self.engine is None else int(self.engine.global_steps)
+        self._seen_steps = 0 if self.engine is None else self.engine.global_steps
         self._set_bias(self._shared(self.bias_LE))
 
     @property
@@ -76,7 +76,7 @@ class Balancer:
         """Whether the engine took an optimizer step since the last call: False between accumulation boundaries."""
         if self.engine is None:
             return True
-        seen, self._seen_steps = self._seen_steps, int(self.engine.global_steps)
+        seen, self._seen_steps = self._seen_steps, self.engine.global_steps
         return self._seen_steps != seen
 
     @torch.no_grad()
@@ -119,4 +119,4 @@ class Balancer:
         self.load_LE = state["load_LE"].to(self.load_LE)
         self._set_bias(state["bias_LE"].to(self.load_LE.device))
         self._take_pending()
-        self._seen_steps = 0 if self.engine is None else int(self.engine.global_steps)
+        self._seen_steps = 0 if self.engine is None else self.engine.global_steps

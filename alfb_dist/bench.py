@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.engine import initialize, quiet
-from alfb_dist.parallelize import parallelize
+from alfb_dist.sharding import parallelize
 
 
 def moe_layer(

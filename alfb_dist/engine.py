@@ -22,7 +22,7 @@ from alfb_dist.balancer import Balancer
 from alfb_dist.collectives import all_sum
 from alfb_dist.ds_config import check_ds_config, with_defaults
 from alfb_dist.moe import sharded_experts
-from alfb_dist.parallelize import parallelize
+from alfb_dist.sharding import parallelize
 
 
 def start_without_compiler() -> None:
@@ -115,8 +115,8 @@ def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> N
         for p in group["params"] if isinstance(group, dict) else [group]:
             if id(p) not in held:
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is to be trained but not in the model: sharding replaces the "
-                    "experts' parameters; give model_parameters or optimizer as a function, or call parallelize before"
+                    f"a parameter of shape {tuple(p.shape)} is to be trained but not in the model: sharding replaces "
+                    "the experts' parameters; give model_parameters or optimizer as a function"
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import torch
 
@@ -42,8 +43,9 @@ def remote_ranks(num_experts: int, top_k: int, ep_degree: int) -> float:
 
 def estimate(config: Config, world_size: int) -> Estimate:
     """The sizes of a run of this configuration on `world_size` ranks. The model is built without memory."""
-    model = meta_model(config)
-    ep_degree, stage = config.parallel.ep_degree, int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    model: Any = meta_model(config)
+    zero: Any = config.deepspeed.get("zero_optimization", {})
+    ep_degree, stage = config.parallel.ep_degree, int(zero.get("stage", 0))
     blocks = list(moe_blocks(model))
     experts = sum(p.numel() for block in blocks for p in block.module.experts.parameters())
     total = sum(p.numel() for p in model.parameters())

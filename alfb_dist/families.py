@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,8 +17,8 @@ class MoEBlock:
     """One MoE block of a model: the module that calls its gate, then its experts with the gate's choice."""
 
     name: str  # in model.named_modules()
-    module: nn.Module
-    gate: nn.Module
+    module: Any  # an nn.Module; Any, since what it holds depends on the family
+    gate: Any
     bias_name: str  # of the gate's selection bias
     num_experts: int
 

@@ -77,6 +77,7 @@ class _CommitLoad(torch.autograd.Function):
 class BalancedGate(nn.Module):
     """What `balance_gate` mixes into a family's gate class. Not used on its own."""
 
+    weight: Tensor
     spec: RouterSpec | None  # set where our own routing equals the family's bit for bit
     bias_name: str
     batch: Batch
@@ -96,7 +97,7 @@ class BalancedGate(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The family's (logits, weights, expert ids), counted if this forward trains."""
         if self.spec is None:
-            output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            output = super().forward(hidden_states, *args, **kwargs)
         else:
             output = self._route(hidden_states, self.spec)
         logits_TE, weights_TK, ids_TK = output
@@ -145,14 +146,14 @@ class BalancedGate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts everything as asked, except that the bias stays float32 with all its bits."""
         exact = self.bias_E.detach().clone() if self.bias_E.dtype == torch.float32 else None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.bias_E.dtype != torch.float32:
             kept = self.bias_E.float() if exact is None else exact.to(self.bias_E.device)
             self.bias_E.data = kept
         return self
 
 
-def _same_routing(gate: nn.Module, bias_name: str, spec: RouterSpec) -> bool:
+def _same_routing(gate: Any, bias_name: str, spec: RouterSpec) -> bool:
     """Whether our routing gives the gate's logits, weights and ids bit for bit, tried on random weights and biases."""
     generator = torch.Generator().manual_seed(0)
     weight = gate.weight
@@ -177,7 +178,7 @@ def _same_routing(gate: nn.Module, bias_name: str, spec: RouterSpec) -> bool:
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def find_spec(gate: nn.Module, bias_name: str) -> RouterSpec | None:
+def find_spec(gate: Any, bias_name: str) -> RouterSpec | None:
     """The spec by which our routing equals the gate's own bit for bit, or None if there is none."""
     top_k = getattr(gate, "top_k", None)
     if top_k is None or not isinstance(getattr(gate, "weight", None), Tensor) or gate.weight.device.type == "meta":
@@ -187,7 +188,7 @@ def find_spec(gate: nn.Module, bias_name: str) -> RouterSpec | None:
     scaling = getattr(gate, "routed_scaling_factor", None) or 1.0
     for score in ("sigmoid", "softmax"):
         for normalize in (True, False):
-            spec = RouterSpec(top_k, score, num_groups, group_limit, normalize, scaling)  # type: ignore[arg-type]
+            spec = RouterSpec(top_k, score, num_groups, group_limit, normalize, scaling)
             if _same_routing(gate, bias_name, spec):
                 return spec
     return None

@@ -44,7 +44,7 @@ def build_model(config: Config) -> nn.Module:
     model.config.use_cache = False
     if config.train.activation_checkpointing != "none":
         reentrant = config.train.activation_checkpointing == "reentrant"
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
     return model
 
 

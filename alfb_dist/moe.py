@@ -14,7 +14,7 @@ from alfb_dist.experts import expert_mlp
 from alfb_dist.topology import Grid, grid_ranks
 
 
-class ShardedExperts(AutoEPMoELayer):  # type: ignore[misc]
+class ShardedExperts(AutoEPMoELayer):
     """This rank's part of a block's experts, behind transformers' experts interface.
 
     DeepSpeed's engine treats parameters as experts' (averaged over the expert-data group only, each counted once in
@@ -22,15 +22,15 @@ class ShardedExperts(AutoEPMoELayer):  # type: ignore[misc]
     that class: nothing of its construction or forward runs here.
     """
 
-    def __init__(self, experts: nn.Module, grid: Grid | None) -> None:
+    def __init__(self, experts: Any, grid: Grid | None) -> None:
         nn.Module.__init__(self)
-        self.num_experts = experts.gate_up_proj.shape[0]
+        self.num_experts: int = experts.gate_up_proj.shape[0]
         self.grid = grid
         self.ep_size = 1 if grid is None else grid.ep_degree
         self.ep_rank = 0 if grid is None else grid.ep_rank
-        self.num_local_experts = self.num_experts // self.ep_size
+        self.num_local_experts: int = self.num_experts // self.ep_size
         self.ep_group_name = f"ep_size_{self.ep_size}"
-        self.act_fn = experts.act_fn
+        self.act_fn: Any = experts.act_fn
         self.gate_up_proj = self._shard(experts.gate_up_proj)
         self.down_proj = self._shard(experts.down_proj)
 

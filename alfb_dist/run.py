@@ -142,7 +142,7 @@ def _resume(run: Run) -> None:
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
 
 
-def _open_reporter(run: Run, description: dict[str, Any], layer_names: list[str]) -> Reporter:
+def _open_reporter(run: Run, description: dict[str, Any], layer_names: list[str]) -> Reporter | NullReporter:
     report = run.config.report
     return open_reporter(
         run.folder,

@@ -56,7 +56,9 @@ def make_grid(ep_degree: int, *, timeout_seconds: float = 600) -> Grid:
     # Every rank takes part in making every group, in the same order.
     ep_groups = [dist.new_group(ranks, timeout=timeout) for ranks in ep]
     data_groups = [dist.new_group(ranks, timeout=timeout) for ranks in data]
-    return Grid(ep_degree, ep_groups[rank // ep_degree], data_groups[rank % ep_degree], dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    return Grid(ep_degree, ep_groups[rank // ep_degree], data_groups[rank % ep_degree], world)
 
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -23,9 +23,9 @@ def train(config: Config) -> int:
     with StopSignals() as signals:
         for step in range(run.first_step + 1, config.train.steps + 1):
             started, lr = time.perf_counter(), run.engine.get_lr()[0]
-            loss = forward_backward_step(run, step)
+            part = forward_backward_step(run, step)
             run.balancer.step()
-            loss, stopping = agree(run, loss, signals.asked)
+            loss, stopping = agree(run, part, signals.asked)
             report(run, step, loss, lr, time.perf_counter() - started)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):
@@ -61,10 +61,8 @@ def forward_backward_step(run: Run, step: int) -> Tensor:
     rank, world, micro_batch = run.slot
     micro_batches = run.train_batches.step(step - 1, run.config.train.global_batch, rank, world, micro_batch)
     targets = torch.stack([num_targets(batch) for batch in micro_batches]).sum()
-    if run.config.data.layout == "padded":
-        targets = all_sum(targets.to(run.device), run.group)
-    else:
-        targets = targets * world
+    padded = run.config.data.layout == "padded"
+    targets = all_sum(targets.to(run.device), run.group) if padded else targets * world
     # The engine averages over ranks and micro-batches, so each gives its sum over the mean number of targets.
     mean_targets = targets / (world * len(micro_batches))
     total = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -76,9 +74,9 @@ def forward_backward_step(run: Run, step: int) -> Tensor:
     return total / (world * len(micro_batches))
 
 
-def agree(run: Run, loss: Tensor, asked_to_stop: bool) -> tuple[float, bool]:
+def agree(run: Run, part: Tensor, asked_to_stop: bool) -> tuple[float, bool]:
     """The loss of the global batch, and whether any rank was asked to stop; collective."""
-    total, asked = all_sum(torch.stack([loss, loss.new_tensor(asked_to_stop)]), run.group).tolist()
+    total, asked = all_sum(torch.stack([part, part.new_tensor(asked_to_stop)]), run.group).tolist()
     applied = run.engine.was_step_applied()
     run.skipped_in_a_row = 0 if applied else run.skipped_in_a_row + 1
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:

@@ -11,7 +11,7 @@ from tiny import GROUP_LIMITED, gates, part, random_biases, set_biases, tiny_bat
 from torch import Tensor, nn
 
 from alfb_dist.aux_loss import LossScale, attach, batch_loss, sequence_loss
-from alfb_dist.parallelize import parallelize
+from alfb_dist.sharding import parallelize
 
 Batch = dict[str, Tensor]
 TOP_K = 4

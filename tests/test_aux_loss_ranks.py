@@ -12,7 +12,7 @@ from test_aux_loss import ALPHA, TOP_K, assert_adds, make_model, mask_of, slow_b
 from tiny import full_gradients, gates, tiny_batch
 from torch import Tensor
 
-from alfb_dist.parallelize import parallelize
+from alfb_dist.sharding import parallelize
 
 Ranks = Callable[..., list[Any]]
 WORLD = 2

@@ -30,7 +30,7 @@ import alfb_dist
 from alfb_dist.balance import rate_schedule
 from alfb_dist.balancer import Balancer
 from alfb_dist.moe import expert_parameters, sharded_experts
-from alfb_dist.parallelize import parallelize
+from alfb_dist.sharding import parallelize
 
 STEPS, RATE, LEARNING_RATE, TOP_K = 4, 0.05, 0.1, 4
 

@@ -35,7 +35,7 @@ def started(
     model = tiny_model()
     set_biases(model, random_biases(model, 1))
     if recompute is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": recompute})
+        model.activation_checkpointing_enable({"use_reentrant": recompute})
     config = ds_config(stage, micro_batches, **options)
     return alfb_dist.initialize(model, config, ep_degree=ep_degree, rate=RATE)
 

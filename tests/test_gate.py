@@ -25,8 +25,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, 
 
 from alfb_dist.balancer import Balancer
 from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate, find_spec, measure_loads
-from alfb_dist.parallelize import padding_mask, parallelize, watch
 from alfb_dist.router import RouterSpec
+from alfb_dist.sharding import padding_mask, parallelize, watch
 
 TOP_K = 4
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}

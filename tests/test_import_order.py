@@ -19,7 +19,7 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop config topology collectives metrics balance router aux_loss dispatch experts families gate moe parallelize
+    stop config topology collectives metrics balance router aux_loss dispatch experts families gate moe sharding
     balancer model data ds_config engine checkpoint report estimate run_folder run train bench cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
@@ -101,7 +101,7 @@ def test_package_and_command_line_start_without_torch() -> None:
 
 @pytest.mark.parametrize("name", alfb_dist.__all__)
 def test_public_name_stays_what_it_is_after_any_import(name: str) -> None:
-    """`alfb_dist.parallelize` is the function, also once the file of that name has been imported."""
+    """`alfb_dist.parallelize` is the function, also once every file has been imported."""
     home = importlib.import_module(f"{ROOT}.{alfb_dist._HOMES[name]}")
     for _ in range(2):
         public = getattr(alfb_dist, name)

@@ -29,7 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import alfb_dist
 from alfb_dist.moe import ShardedExperts, expert_parameters, sharded_experts
-from alfb_dist.parallelize import parallelize
+from alfb_dist.sharding import parallelize
 
 Ranks = Callable[..., list[Any]]
 SINGLE, DOUBLE = torch.float32, torch.float64

@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
-
 VOCAB = 61
 GROUP_LIMITED: dict[str, int] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 """Overrides for `tiny_model`: each token's four experts come from two of four groups of four."""

@@ -1,30 +1,13 @@
-"""What the experts of one rank make of its rows: for each row, the weighted sum over its slots of SwiGLU experts.
-
-`expert_mlp` is the product's path; `expert_mlp_reference` is the slow, obvious one that tests compare it with. Both
-take rows in any order; a slot with id e (one past the last local expert) is empty.
-"""
+"""The experts' compute in plain torch, for any type, device and activation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Activation = Callable[[Tensor], Tensor]
-
-
-def expert_mlp_reference(
-    x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Activation
-) -> Tensor:
-    """The same as `expert_mlp`, slot by slot, through autograd only."""
-    out_RD = x_RD * 0
-    for expert, (gate_up_2FD, down_DF) in enumerate(zip(gate_up_e2FD, down_eDF)):
-        gate_RF, up_RF = (x_RD @ gate_up_2FD.T).chunk(2, dim=-1)
-        y_RD = (act(gate_RF) * up_RF) @ down_DF.T
-        out_RD = out_RD + y_RD * (weights_RK * (expert_ids_RK == expert)).sum(-1, keepdim=True).to(y_RD.dtype)
-    return out_RD
+from alfb_dist.experts.reference import Activation
 
 
 def _act_backward(act: Activation, gate_SF: Tensor, up_SF: Tensor, grad_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +22,7 @@ def _act_backward(act: Activation, gate_SF: Tensor, up_SF: Tensor, grad_SF: Tens
     return h_SF.detach(), grad_gate_SF, grad_up_SF
 
 
-class _ExpertMLP(torch.autograd.Function):
+class _PlainMLP(torch.autograd.Function):
     """Expert by expert: gather, product, activation, product, weight, scatter.
 
     Only the first product is kept for the backward; the gathered rows and the activation are cheaper to redo than to
@@ -105,18 +88,13 @@ class _ExpertMLP(torch.autograd.Function):
         return grad_x_RD.to(x_RD.dtype), grad_weight_S, grad_gate_up_e2FD, grad_down_eDF, None, None, None
 
 
-def expert_mlp(
+def plain_mlp(
     x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Activation
 ) -> Tensor:
-    """For each row, the sum over its slots of weight * down(act(gate(x)) * up(x)): (R, D), in x's dtype.
-
-    expert_ids_RK: int64 in [0, e]; e marks an empty slot. weights_RK: at least float32. Sums over slots and the
-    gradient of x are at least float32. Differentiable; an expert without rows gets zero gradients, not None.
-    """
+    """See `expert_mlp`."""
     num_experts, top_k = gate_up_e2FD.shape[0], expert_ids_RK.shape[1]
     flat_ids = expert_ids_RK.flatten()
     sizes_e: list[int] = torch.bincount(flat_ids, minlength=num_experts + 1)[:num_experts].tolist()
     slot_S = flat_ids.argsort(stable=True)[: sum(sizes_e)]
-    row_S = slot_S // top_k
     weight_S = weights_RK.flatten().index_select(0, slot_S)
-    return _ExpertMLP.apply(x_RD, weight_S, gate_up_e2FD, down_eDF, row_S, sizes_e, act)
+    return _PlainMLP.apply(x_RD, weight_S, gate_up_e2FD, down_eDF, slot_S // top_k, sizes_e, act)

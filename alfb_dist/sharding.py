@@ -121,6 +121,8 @@ def parallelize(
     batch_loss_alpha: coefficient of the classical auxiliary loss over the batch of all ranks; 0 is off.
         Both act on the gradients only: the loss that the model returns stays the language model's.
     timeout_seconds: of every exchange in the groups made here.
+    With reentrant activation checkpointing, let a micro-batch's backward follow its forward: the recompute counts
+    padding by the newest training forward's attention mask.
     Raises ValueError before any collective: no supported MoE block, sizes that do not divide, or already parallelised.
     """
     blocks = list(moe_blocks(model))

@@ -1,0 +1,70 @@
+"""C sources of this package, compiled once for this machine and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-shared")
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept: $XDG_CACHE_HOME/alfb_dist, by default ~/.cache/alfb_dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "alfb_dist")
+
+
+def _machine() -> str:
+    """What -march=native depends on: a home folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))})
+    )
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder, library.name)
+        command = [compiler, *_FLAGS, str(source), "-o", str(made), "-lm"]
+        try:
+            subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, timeout=120)
+        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread between the products
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        made.replace(library)  # whole or not at all, whoever else compiles it now
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The compiled source, or None where there is no compiler, it fails, or ALFB_NATIVE=0 is set.
+
+    Compiling takes a quarter of a second, once per machine and version of the source. Why None is logged, once.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if os.environ.get("ALFB_NATIVE") == "0" or compiler is None:
+        log.info(
+            "plain torch between the experts' products: %s", "no C compiler" if compiler is None else "ALFB_NATIVE=0"
+        )
+        return None
+    text = source.read_text()
+    key = hashlib.sha256("\0".join([text, *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
+    library = cache_folder() / f"{source.stem}-{key}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, source, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("plain torch between the experts' products: %s", error)
+        return None

@@ -1,0 +1,93 @@
+"""The experts' compute on a CPU in float32, with one compiled pass between the products (native.c)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist.experts.compiler import load
+
+PIECE_ROWS = 512
+"""Rows of one expert that are worked on at once: large enough for the products, small enough for the cache."""
+
+
+@functools.cache
+def _torch_blas() -> ctypes.c_void_p | None:
+    """The address of the float32 product in torch's own BLAS, or None if it does not show one."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had."""
+    return None if _torch_blas() is None else load(Path(__file__).with_name("native.c"))
+
+
+def supported(x_RD: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Any) -> bool:
+    """Whether `native_mlp` can take these: float32 on a CPU, SiLU, fewer than 2^31 slots, kernels at hand."""
+    tensors = (x_RD, weights_RK, gate_up_e2FD, down_eDF)
+    return (
+        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        and type(act).__name__ in ("SiLU", "SiLUActivation")
+        and weights_RK.numel() < 2**31
+        and library() is not None
+    )
+
+
+def _call(name: str, *arguments: Tensor | int) -> None:
+    """Run a kernel: tensors go as the address of their data."""
+    lib = library()
+    assert lib is not None
+    passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments]
+    getattr(lib, name)(*passed)
+
+
+class NativeMLP(torch.autograd.Function):
+    """`expert_mlp` on rows; keeps the first product for the backward, (S, 2F)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, expert_ids_RK: Tensor
+    ) -> Tensor:
+        x_RD, weights_RK, ids_RK = x_RD.contiguous(), weights_RK.contiguous(), expert_ids_RK.contiguous()
+        gate_up_e2FD, down_eDF = gate_up_e2FD.contiguous(), down_eDF.contiguous()
+        num_experts, width_D, width_F = down_eDF.shape
+        sizes = torch.empty(num_experts + 2, dtype=torch.int64)
+        slots = torch.empty(ids_RK.numel(), dtype=torch.int32)
+        _call("sort_slots", ids_RK.numel(), num_experts, ids_RK, sizes, slots)
+        num_rows, largest = sizes[num_experts:].tolist()
+        piece = min(PIECE_ROWS, max(1, largest))
+        kept_S2F = x_RD.new_empty(num_rows, 2 * width_F)
+        out_RD = torch.zeros_like(x_RD)
+        scratch = x_RD.new_empty(piece * (2 * width_D + width_F + 2))
+        shape = (num_experts, ids_RK.shape[1], width_D, width_F, piece)
+        blas = _torch_blas()
+        assert blas is not None
+        tensors = (sizes, slots, weights_RK, x_RD, gate_up_e2FD, down_eDF, kept_S2F)
+        _call("forward", blas.value or 0, *shape, *tensors, out_RD, scratch)
+        ctx.save_for_backward(*tensors)
+        ctx.shape = shape
+        return out_RD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        tensors = ctx.saved_tensors
+        _, _, weights_RK, x_RD, gate_up_e2FD, down_eDF, _ = tensors
+        _, _, width_D, width_F, piece = ctx.shape
+        grad_x_RD, grad_weights_RK = torch.zeros_like(x_RD), torch.zeros_like(weights_RK)
+        grad_gate_up_e2FD, grad_down_eDF = torch.empty_like(gate_up_e2FD), torch.empty_like(down_eDF)
+        scratch = x_RD.new_empty(piece * (2 * width_D + 4 * width_F + 3))
+        blas = _torch_blas()
+        assert blas is not None
+        made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
+        _call("backward", blas.value or 0, *ctx.shape, *tensors, grads[0].contiguous(), *made)
+        return grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, None
