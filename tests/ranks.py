@@ -11,7 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "deepspeed", "transformers.models.deepseek_v3.modeling_deepseek_v3", "alfb_dist"]
+PRELOAD = [
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # ZeRO imports it, which takes 2 s in each process
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "alfb_dist",
+]
 
 
 class RankError(AssertionError):

@@ -1,0 +1,114 @@
+"""The few operations on the disk that a save is made of. Each raises OSError; the tests put faults here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+
+def make_folder(path: Path) -> None:
+    """The folder exists, empty and new; its parent exists, on the disk."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        sync_folder(path.parent.parent)
+    path.mkdir()
+
+
+def create(path: Path) -> BinaryIO:
+    """A new, unbuffered file, open for writing. FileExistsError if there is one of that name."""
+    return open(path, "xb", buffering=0)
+
+
+def write(file: BinaryIO, data: bytes | memoryview) -> None:
+    """All of the data is handed to the operating system."""
+    rest = memoryview(data)
+    rest = rest.cast("B") if rest.nbytes else rest
+    while rest.nbytes:
+        rest = rest[os.write(file.fileno(), rest[: 1 << 30]) :]
+
+
+def sync(file: BinaryIO) -> None:
+    """What the file holds is on the disk."""
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """The folder's entries are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(old: Path, new: Path) -> None:
+    """What was called `old` is called `new`, in one step."""
+    os.rename(old, new)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """The file holds the data; a reader sees the old or the new content, never a part."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.unlink(missing_ok=True)
+    with create(aside) as file:
+        write(file, data)
+        sync(file)
+    os.replace(aside, path)
+
+
+def remove(path: Path) -> None:
+    """The folder is gone, or as much of it as could be removed."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class HashedFile:
+    """A new file written from front to back, hashed as it is written.
+
+    Errors of the disk are OSErrors that name the path, how far it got and how much was to be written.
+    """
+
+    def __init__(self, path: Path, *, size: int) -> None:
+        """size: the bytes that will be written in all."""
+        self.path, self.size, self.written = path, size, 0
+        self._hash = xxhash.xxh3_128()
+        self._file: BinaryIO | None = None
+        self._file = self._named(create, path)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The data stands at the end of the file."""
+        self._named(write, self._file, data)
+        self._hash.update(data)
+        self.written += memoryview(data).nbytes
+
+    def finish(self) -> dict[str, int | str]:
+        """The file is on the disk, whole and closed; its manifest entry."""
+        self._named(sync, self._file)
+        self.close()
+        if self.written != self.size:
+            raise OSError(f"{self.path} should have {self.size:,} bytes, {self.written:,} were written")
+        return {"bytes": self.written, "xxh3_128": self._hash.hexdigest()}
+
+    def close(self) -> None:
+        """The file is closed, whole or not; a second call changes nothing."""
+        if self._file is not None:
+            self._file.close()
+
+    def _named(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return operation(*arguments)
+        except OSError as e:
+            self.close()
+            where = f"at byte {self.written:,} of {self.size:,}"
+            raise OSError(e.errno, f"cannot write {self.path} ({where}): {e.strerror or e}") from e
+
+
+def write_file(path: Path, data: bytes) -> dict[str, int | str]:
+    """The new file holds the data and is on the disk; its manifest entry."""
+    file = HashedFile(path, size=len(data))
+    file.write(data)
+    return file.finish()

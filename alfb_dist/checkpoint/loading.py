@@ -1,0 +1,198 @@
+"""Reading a save: all of it is verified and compared with the model on all ranks before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from alfb_dist.balancer import Balancer
+from alfb_dist.checkpoint import manifest as manifests
+from alfb_dist.checkpoint import optimizer, rng, tensors
+from alfb_dist.checkpoint.agreement import agreed
+from alfb_dist.checkpoint.comparison import compare, saved_kinds
+from alfb_dist.checkpoint.folder import newest_good
+from alfb_dist.checkpoint.safetensors_file import tensor_bytes, torch_dtype
+from alfb_dist.checkpoint.saving import COUNTERS, between_steps
+from alfb_dist.checkpoint.share import STATE, rng_file
+from alfb_dist.checkpoint.verification import content_problems, size_problems
+from alfb_dist.collectives import Group, broadcast_object, group_rank, size, world_group
+
+log = logging.getLogger(__name__)
+
+
+class Reader:
+    """Reads tensors of a save by key, each checked against its hash in the manifest."""
+
+    def __init__(self, folder: Path, manifest: manifests.Manifest) -> None:
+        self.folder, self.tensors = folder, manifest["tensors"]
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, on CPU. ValueError naming file and tensor if it is not what was saved."""
+        name = self.tensors[key]["file"]
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(safe_open(self.folder / name, framework="pt"))
+        tensor = self._open[name].get_tensor(key).contiguous()
+        if xxhash.xxh3_128_hexdigest(tensor_bytes(tensor)) != self.tensors[key]["xxh3_128"]:
+            raise ValueError(f"{self.folder / name}: {key} is not what was saved; it was whole a moment ago")
+        return tensor
+
+
+def _read_small(path: Path) -> tuple[manifests.Manifest, dict[str, Any]]:
+    manifest = manifests.read(path)
+    problems = size_problems(path, manifest) or content_problems(path, [STATE], manifest)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return manifest, json.loads((path / STATE).read_bytes())
+
+
+def _check_files(path: Path, manifest: manifests.Manifest, group: Group) -> None:
+    """Nothing, or ValueError naming the damaged ones among every n-th file of the save, n being the number of ranks."""
+    names = sorted(manifest["files"])[group_rank(group) :: size(group)]
+    problems = content_problems(path, names, manifest)
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}. Load an earlier save (alfb_dist.checkpoint.newest_good finds it)")
+
+
+def _overlaps(
+    engine: Any, held: dict[str, optimizer.Held]
+) -> Iterator[tuple[optimizer.Held, tensors.GlobalTensor, int, int]]:
+    """Each global tensor of which this rank holds something, with the first and last element (of the rank's flat
+    parameter) that it holds."""
+    degree, rank = tensors.ep_degree(engine.module), group_rank(world_group())
+    for tensor in tensors.global_tensors(engine.module):
+        part = held[tensor.parameter]
+        low = max(part.start, tensor.start)
+        high = min(part.start + part.numel, tensor.start + tensor.numel)
+        if low < high and tensor.position in (None, rank % degree):
+            yield part, tensor, low, high
+
+
+def _steps(numbers: dict[str, Any]) -> float:
+    step = numbers.get("step", 0)
+    return float(step["value"] if isinstance(step, dict) else step)
+
+
+def _fill(engine: Any, reader: Reader, small: dict[str, Any]) -> None:
+    """Master weights and optimizer states on this rank are those of the save."""
+    held = optimizer.held(engine)
+    kinds, numbers = saved_kinds(reader.tensors), small["optimizer"]["numbers"]
+    states: dict[int, dict[str, Tensor]] = {}
+    sharing: dict[int, list[str]] = {}
+    for name, part in held.items():
+        sharing.setdefault(id(part.holder), []).append(name)
+    for holder, names in sharing.items():
+        part = held[names[0]]
+        dtypes = {kind: torch_dtype(dtype) for name in names for kind, dtype in kinds[name].items()}
+        dtypes.pop(optimizer.WEIGHT)
+        # What lies in one flat partition has one count of steps: the one of those that took part in the most.
+        most = max((numbers.get(name, {}) for name in names), key=_steps)
+        zeros = optimizer.set_states(engine, part, dtypes, most)
+        states[holder] = {optimizer.WEIGHT: part.holder.detach(), **zeros}
+    for part, tensor, low, high in _overlaps(engine, held):
+        for kind in kinds[tensor.parameter]:
+            whole = reader.read(tensor.key(kind)).view(-1)
+            here = part.part(states[id(part.holder)][kind])
+            here[low - part.start : high - part.start].copy_(whole[low - tensor.start : high - tensor.start])
+
+
+def _set_balance(engine: Any, balancer: Balancer, reader: Reader, num_steps: int) -> None:
+    names = tensors.gate_names(engine.module, balancer)
+    for key, buffer in tensors.buffers(engine.module, balancer).items():
+        buffer.copy_(reader.read(key))
+    balancer.load_state_dict(
+        {
+            "num_steps": num_steps,
+            "bias_LE": torch.stack([reader.read(f"bias/{name}") for name in names]),
+            "load_LE": torch.stack([reader.read(f"load/{name}") for name in names]),
+        }
+    )
+
+
+def _set_counters(engine: Any, small: dict[str, Any]) -> None:
+    for name in COUNTERS:
+        setattr(engine, name, small["counters"][name])
+    if engine.micro_steps % engine.gradient_accumulation_steps():
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(small["scheduler"]["state"])
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    optimizer.apply_hyperparameters(optimizer.match_hyperparameters(small["optimizer"]["groups"], engine, names))
+    optimizer.set_loss_scale(engine, small["loss_scale"])
+
+
+def _read_random(path: Path, manifest: manifests.Manifest, group: Group) -> dict[str, Any] | None:
+    """This rank's saved random state; None if the save is of another number of ranks."""
+    if manifest["topology"]["world_size"] != size(group):
+        return None
+    name = rng_file(group_rank(group))
+    if problems := content_problems(path, [name], manifest):
+        raise ValueError("; ".join(problems))
+    state: dict[str, Any] = json.loads((path / name).read_bytes())
+    return state
+
+
+def _set_random(state: dict[str, Any] | None, path: Path, manifest: manifests.Manifest, group: Group) -> None:
+    """The random state is the saved one, or, if there is none, that of a seed of step and rank."""
+    saved, rank = manifest["topology"]["world_size"], group_rank(group)
+    if state is not None:
+        rng.restore(state)
+        return
+    rng.seed(manifest["step"], rank, size(group))
+    if rank == 0:
+        log.warning("%s was saved by %d ranks, not %d: random states are seeded anew", path, saved, size(group))
+
+
+def load(engine: Any, balancer: Balancer, path: Path) -> dict[str, Any]:
+    """The run is where it was when the save at `path` was made; returns the loop's own state; collective.
+
+    On as many ranks, with the same EP degree and ZeRO stage, it goes on bit for bit as it would have. At another EP
+    degree, world size or ZeRO stage weights, moments and biases are the same bit for bit, and random states are seeded
+    anew if the number of ranks differs. Settings of the optimizer (the learning rate among them) are the saved ones.
+    Raises ValueError on every rank alike, before anything is changed, naming file or tensor: the save is damaged or not
+    finished, or it is of another model, optimizer or scheduler, or this is amid an optimizer step.
+    """
+    group = world_group()
+    manifest, small = broadcast_object(
+        agreed(lambda: _read_small(path) if group_rank(group) == 0 else None, group, ValueError), group
+    )
+    agreed(lambda: _check_files(path, manifest, group), group, ValueError)
+    agreed(lambda: compare(engine, balancer, manifest, small), group, ValueError)
+    agreed(lambda: between_steps(balancer), group, ValueError)
+    random = agreed(lambda: _read_random(path, manifest, group), group, ValueError)
+
+    def change() -> None:
+        with torch.no_grad(), Reader(path, manifest) as reader:
+            _fill(engine, reader, small)
+            _set_counters(engine, small)
+            _set_balance(engine, balancer, reader, small["balancer"]["num_steps"])
+
+    agreed(change, group, RuntimeError)
+    optimizer.refresh_model(engine)
+    agreed(lambda: _set_random(random, path, manifest, group), group, RuntimeError)
+    state: dict[str, Any] = small["state"]
+    return state
+
+
+def agree_on_newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """What `newest_good` says on rank 0, on every rank; collective."""
+    group = world_group()
+    found = agreed(lambda: newest_good(folder) if group_rank(group) == 0 else None, group, OSError)
+    answer: tuple[Path | None, list[str]] = broadcast_object(found, group)
+    return answer

@@ -1,0 +1,165 @@
+"""Safetensors files written from front to back, tensor by tensor, and scanned with a hash of each tensor.
+
+The library's own writer wants all tensors of a file at once. The format is 8 bytes of header length, a JSON header with
+type, shape and place of each tensor, and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import xxhash
+
+from alfb_dist.checkpoint.files import HashedFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {
+    "F64": ("torch.float64", 8),
+    "F32": ("torch.float32", 4),
+    "F16": ("torch.float16", 2),
+    "BF16": ("torch.bfloat16", 2),
+    "I64": ("torch.int64", 8),
+    "I32": ("torch.int32", 4),
+    "I16": ("torch.int16", 2),
+    "I8": ("torch.int8", 1),
+    "U8": ("torch.uint8", 1),
+    "BOOL": ("torch.bool", 1),
+}
+"""The format's names of types: torch's name and bytes per element."""
+_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+_BLOCK_BYTES = 4 << 20
+
+
+def dtype_name(dtype: Any) -> str:
+    """The format's name of a torch dtype. ValueError if a checkpoint cannot hold it."""
+    if str(dtype) not in _NAMES:
+        raise ValueError(f"tensors of type {dtype} cannot be saved; supported: {', '.join(_NAMES)}")
+    return _NAMES[str(dtype)]
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of the format's name."""
+    import torch
+
+    return getattr(torch, DTYPES[name][0].removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its key, the format's name of its type, its shape."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the tensor takes."""
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    import torch
+
+    data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    header, end = {}, 0
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+class SafetensorsWriter:
+    """A safetensors file that takes its tensors one by one, in the order of its entries."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+        header = _header(entries)
+        self.path, self._entries = path, list(entries)
+        self._file = HashedFile(path, size=len(header) + sum(entry.bytes for entry in entries))
+        self._file.write(header)
+        self.tensors: dict[str, dict[str, Any]] = {}
+        """The manifest entries of the tensors written so far, by key."""
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """The tensor (contiguous, on CPU) is the file's next. OSError names path and bytes."""
+        entry = self._entries[len(self.tensors)]
+        data = tensor_bytes(tensor)
+        assert (key, data.nbytes) == (entry.key, entry.bytes), f"expected {entry}, got {key} of {data.nbytes} bytes"
+        self._file.write(data)
+        digest = xxhash.xxh3_128_hexdigest(data)
+        self.tensors[key] = {
+            "file": self.path.name,
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "xxh3_128": digest,
+        }
+
+    @property
+    def full(self) -> bool:
+        """Whether every tensor has been put."""
+        return len(self.tensors) == len(self._entries)
+
+    def finish(self) -> dict[str, int | str]:
+        """The file is on the disk, whole and closed; its manifest entry."""
+        return self._file.finish()
+
+    def close(self) -> None:
+        """The file is closed, whole or not."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a file was found to hold: the hash of the whole, and each tensor's type, shape and hash by key."""
+
+    xxh3_128: str
+    tensors: dict[str, dict[str, Any]]
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size:
+        block = file.read(min(size, _BLOCK_BYTES))
+        if not block:
+            raise ValueError(f"the file ends {size:,} bytes early")
+        size -= len(block)
+        yield block
+
+
+def scan(path: Path) -> Scan:
+    """The file's hashes, read once from front to back. ValueError if it is not a whole safetensors file."""
+    whole, tensors = xxhash.xxh3_128(), {}
+    with open(path, "rb") as file:
+        length = file.read(8)
+        whole.update(length)
+        text = b"".join(_blocks(file, min(int.from_bytes(length, "little"), path.stat().st_size)))
+        whole.update(text)
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        end = 0
+        for key, found in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            entry = Entry(key, found["dtype"], tuple(found["shape"]))
+            if min(entry.shape, default=0) < 0 or found["data_offsets"] != [end, end + entry.bytes]:
+                raise ValueError(f"{key} does not lie where its header says")
+            end += entry.bytes
+            part = xxhash.xxh3_128()
+            for block in _blocks(file, entry.bytes):
+                whole.update(block)
+                part.update(block)
+            tensors[key] = {"dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": part.hexdigest()}
+        if file.read(1):
+            raise ValueError("the file goes on after its last tensor")
+    return Scan(whole.hexdigest(), tensors)
