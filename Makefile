@@ -21,7 +21,7 @@ $(READY): pyproject.toml
 setup: $(READY)  ## make .venv and install everything into it
 
 demo: $(READY)  ## train a tiny DeepSeek-V3 on two expert-parallel ranks (about 3 minutes)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config configs/demo.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level error --num_accelerators 2 launch/train.py --config configs/demo.toml
 
 test: $(READY)  ## the whole CPU test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
 from alfb_dist.stop import BAD_CONFIG, DONE
@@ -128,15 +129,28 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code. A bad configuration is told once, by rank 0, before anything starts."""
+    """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
     arguments = _parser().parse_args(argv)
+    # In a training run only a bad configuration is the user's to mend; anything else deserves its traceback.
+    mendable = (ConfigError,) if arguments.run is _train else (ValueError, OSError)
     try:
         return int(arguments.run(arguments))
-    except ConfigError as error:
+    except mendable as error:
         if launched_world()[0] == 0:
             print(f"alfb: {error}", file=sys.stderr)
         return BAD_CONFIG
 
 
+def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end the process with its exit code."""
+    code = main(argv)
+    if "torch.distributed" not in sys.modules:
+        sys.exit(code)
+
+    from alfb_dist.topology import leave
+
+    leave(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave()

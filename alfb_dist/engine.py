@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from alfb_dist.balance import Schedule, check_rule
-from alfb_dist.balancer import Balancer
+from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.collectives import all_sum
 from alfb_dist.ds_config import check_ds_config, with_defaults
 from alfb_dist.moe import sharded_experts
@@ -128,6 +129,7 @@ def initialize(
     rule: str = "sign",
     rate: float | Schedule = 1e-3,
     centered: bool = False,
+    mode: str | Sequence[str] = "train",
     sequence_loss_alpha: float = 0.0,
     batch_loss_alpha: float = 0.0,
     timeout_seconds: float = 600,
@@ -146,6 +148,7 @@ def initialize(
     """
     check_ds_config(ds_config)
     check_rule(rule, rate(0) if callable(rate) else rate)
+    check_mode(mode)
     parallelize(
         model,
         ep_degree=ep_degree,
@@ -161,9 +164,10 @@ def initialize(
         model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
     )[0]
     _mend(engine)
-    return engine, Balancer(engine, rule=rule, rate=rate, centered=centered)
+    return engine, Balancer(engine, rule=rule, rate=rate, centered=centered, mode=mode)
 
 
 def quiet(level: int = logging.WARNING) -> None:
-    """DeepSpeed logs only what matters."""
+    """DeepSpeed logs only what matters, and its calls of what torch renames are not warned about once a process."""
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     deepspeed.utils.logging.logger.setLevel(level)

@@ -22,7 +22,7 @@ class Estimate:
     rank_parameters: int
     weight_bytes: int
     gradient_bytes: int
-    optimizer_bytes: int  # float32 moments, and master weights under bf16
+    optimizer_bytes: int  # float32 moments, and the float32 weights that ZeRO or bfloat16 keep beside the model's
     exchange_bytes: int  # sent to other ranks per optimizer step if routing is uniform, both ways, forward and backward
     moe_layers: int
     tokens_per_step: int  # of all ranks
@@ -52,7 +52,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     top_k, num_experts = blocks[0].gate.top_k, blocks[0].num_experts
     dense_here, experts_here = total - experts, experts // ep_degree
     width = torch.bfloat16.itemsize if config.model.dtype == "bfloat16" else torch.float32.itemsize
-    states = 8 if width == 4 else 12
+    states = 12 if width == 2 or stage >= 1 else 8
     dense_ranks, expert_ranks = (world_size, world_size // ep_degree) if stage >= 1 else (1, 1)
     shares = dense_here / dense_ranks + experts_here / expert_ranks
     tokens = config.train.global_batch * config.data.sequence_length

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -121,3 +123,21 @@ def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     return device
+
+
+def leave(code: int) -> NoReturn:
+    """The process has ended with this exit code; collective where torch.distributed is up.
+
+    All ranks leave together, and at once: while Python winds itself down, a thread of a process group that lets go of
+    a tensor would abort the process, whose work is done.
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    dist.barrier()
+    dist.destroy_process_group()
+    if "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from alfb_dist.cli import main
+from alfb_dist.cli import run_and_leave
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_and_leave(["train", *sys.argv[1:]])

@@ -136,8 +136,14 @@ def result_rows(figures: dict[str, Any], files: dict[str, Path | None]) -> list[
         ("tokens/s, median", count(figures["tokens_per_second"]) if "tokens_per_second" in figures else ""),
         ("total time", duration(figures["total_seconds"]) if "total_seconds" in figures else ""),
     ]
-    places = [(label, "" if path is None else os.path.relpath(path)) for label, path in files.items()]
+    places = [(label, "" if path is None else _shown(path)) for label, path in files.items()]
     return [(label, value) for label, value in rows + places if value]
+
+
+def _shown(path: Path) -> str:
+    """The path from the working directory if it lies below it, else as it is."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
 
 
 def _one(figures: dict[str, Any], key: str, decimals: int = 3) -> str:

@@ -1,0 +1,153 @@
+"""Whole runs on two ranks, in process: resume to the bit, stop by signal, padding, evaluation, skipped steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from alfb_dist import train as loop
+from alfb_dist.config import load_config
+from alfb_dist.run import start
+from alfb_dist.stop import DONE, PREEMPTED
+
+TEST_CONFIG = Path(__file__).parent.parent / "configs" / "test.toml"
+
+
+def config_of(folder: Path, *settings: str) -> Any:
+    places = (f"run.folder='{folder}/runs'", f"data.cache='{folder}/cache'", "train.eval_interval=0")
+    return load_config(TEST_CONFIG, [*places, *settings], world_size=dist.get_world_size())
+
+
+def run(folder: str, settings: Sequence[str], signal_at: int | None = None) -> int:
+    """Train; SIGTERM comes to rank 1 during the given step."""
+    if signal_at is not None and dist.get_rank() == 1:
+        inner, calls = loop.forward_backward_step, []
+
+        def step(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(*arguments)
+
+        loop.forward_backward_step = step
+    return loop.train(config_of(Path(folder), *settings))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in read]
+
+
+@pytest.mark.parametrize("settings", [(), ("deepspeed.zero_optimization.stage=1", "model.dtype='bfloat16'")])
+def test_a_run_stopped_by_a_signal_to_one_rank_resumes_to_the_bit(
+    ranks: Any, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert ranks(2, run, str(straight), settings) == [DONE, DONE]
+    assert ranks(2, run, str(stopped), settings, 4) == [PREEMPTED, PREEMPTED]
+    half = lines(stopped / "runs" / "test")
+    assert [line["step"] for line in half] == [1, 2, 3, 4]
+    assert (stopped / "runs" / "test" / "checkpoints" / "step-00000004" / "manifest.json").is_file()
+    assert ranks(2, run, str(stopped), (*settings, "run.resume=true")) == [DONE, DONE]
+    assert [f.name for f in (stopped / "runs").iterdir()] == ["test"]
+    assert lines(stopped / "runs" / "test") == lines(straight / "runs" / "test")
+
+
+def test_resume_without_a_run_starts_one(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, run, str(tmp_path), ("run.resume=true", "train.steps=2")) == [DONE, DONE]
+    assert [line["step"] for line in lines(tmp_path / "runs" / "test")] == [1, 2, 2]
+
+
+def padded_loss(folder: str, source: str) -> dict[str, float]:
+    """One step's loss as reported, and the mean over all targets of the global batch, worked out one by one."""
+    run_ = start(config_of(Path(folder), "data.layout='padded'", "train.micro_batch=1", source))
+    total, targets = 0.0, 0
+    for rank in range(2):
+        for batch in run_.train_batches.step(0, 8, rank, 2, 1):
+            with torch.no_grad():
+                logits = run_.engine.module(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
+            for row, labels in zip(logits, batch["labels"]):
+                for position, label in enumerate(labels[1:].tolist()):
+                    if label >= 0:
+                        total -= row[position].log_softmax(-1)[label].item()
+                        targets += 1
+    part = loop.forward_backward_step(run_, 1)
+    run_.balancer.step()
+    loss, _ = loop.agree(run_, part, False)
+    mask = [b["attention_mask"].sum() for r in range(2) for b in run_.train_batches.step(0, 8, r, 2, 1)]
+    return {
+        "reported": loss,
+        "expected": total / targets,
+        "counted": run_.balancer.load_LE.sum(-1).tolist(),
+        "tokens": int(sum(mask)),
+    }
+
+
+def test_padded_loss_is_the_mean_over_targets_of_all_ranks_and_padding_counts_nowhere(
+    ranks: Any, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text("abc " * (1 + i % 7))
+    source = f"data.source=['{text}']"
+    for found in ranks(2, padded_loss, str(tmp_path), source):
+        assert found["reported"] == pytest.approx(found["expected"], rel=1e-5)
+        assert found["counted"] == [found["tokens"] * 2] * 2  # top 2
+        assert found["tokens"] < 8 * 32
+
+
+def evaluated(folder: str) -> dict[str, Any]:
+    """The validation record at one and at another micro-batch, and whether training counters noticed."""
+    found = {}
+    for micro_batch in (1, 4):
+        settings = (f"train.micro_batch={micro_batch}", "train.eval_sequences=7", f"run.name='m{micro_batch}'")
+        run_ = start(config_of(Path(folder), *settings))
+        records: list[Any] = []
+        run_.reporter.evaluation = lambda record, load_LE, kept=records: kept.append((record, load_LE))
+        loop.evaluate(run_, 1)
+        found[micro_batch] = records[0]
+        assert all(gate.pending_load_E is None for gate in run_.balancer.gates)
+        assert run_.engine.module.training
+    return found
+
+
+def test_evaluation_counts_each_sequence_once_at_any_micro_batch(ranks: Any, tmp_path: Path) -> None:
+    one, four = (ranks(2, evaluated, str(tmp_path))[0][m] for m in (1, 4))
+    assert one[0]["val_loss"] == pytest.approx(four[0]["val_loss"], rel=1e-6)
+    assert one[0]["val_perplexity"] == pytest.approx(math.exp(one[0]["val_loss"]))
+    assert torch.equal(one[1], four[1])
+    assert one[1].sum(-1).tolist() == [7 * 32 * 2] * 2  # 7 sequences of 32 tokens, top 2
+
+
+def always_skipped(folder: str) -> str:
+    inner = loop.start
+
+    def poisoned(config: Any) -> Any:
+        run_ = inner(config)
+        run_.engine.module.lm_head.weight.register_hook(lambda grad: grad * math.nan)
+        return run_
+
+    loop.start = poisoned
+    with pytest.raises(RuntimeError) as error:
+        loop.train(config_of(Path(folder), "train.max_skipped_steps=3"))
+    return str(error.value)
+
+
+def test_a_run_that_only_skips_ends_with_the_reason(ranks: Any, tmp_path: Path) -> None:
+    for message in ranks(2, always_skipped, str(tmp_path)):
+        assert "3 steps in a row were skipped" in message
+
+
+def test_what_is_done_at_an_interval_is_also_done_at_the_end() -> None:
+    assert [step for step in range(1, 8) if loop.due(step, 3, step == 7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if loop.due(step, 0, step == 7)] == [7]
