@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,22 @@ from alfb_dist.balance import Schedule, check_rule, update_bias
 from alfb_dist.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.sharding import watch
 
+MODES = ("train", "freeze", "recentre")
+
+
+def check_mode(mode: str | Sequence[str]) -> None:
+    """Nothing, or ValueError naming the valid modes and the value."""
+    for one in (mode,) if isinstance(mode, str) else mode:
+        if one not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, or one of them for each MoE layer, got {one!r}")
+
+
+def _mode_of_layers(mode: str | Sequence[str], num_layers: int) -> list[str]:
+    modes = [mode] * num_layers if isinstance(mode, str) else list(mode)
+    if len(modes) != num_layers:
+        raise ValueError(f"mode must be given for each of the {num_layers} MoE layers or for all, got {len(modes)}")
+    return modes
+
 
 class Balancer:
     """Keeps the selection biases of a model's gates in balance.
@@ -18,9 +35,13 @@ class Balancer:
     engine_or_model: a DeepSpeed engine, or a model trained by another loop.
     rule, rate, centered: see `update_bias`. `rate` is a number, or a function from the step (the first is 0) to one,
         such as `alfb_dist.balance.rate_schedule` makes.
+    mode: what happens to the biases, for all MoE layers or one for each in the model's order. "train" moves them from
+        where they are; "freeze" never moves them, while loads are counted and reported all the same; "recentre" takes
+        each layer's mean out of its bias once, now, and trains. That leaves the routing as it was and brings back the
+        bits that a bias far from 0 has no room for.
     group: the ranks that hold distinct tokens; all ranks unless given.
     Making one is collective: the biases become those of the group's first rank. Raises ValueError if the model has no
-    gate with a selection bias, or its gates differ in their number of experts, or the rule or rate is not valid.
+    gate with a selection bias, or its gates differ in their number of experts, or the rule, rate or mode is not valid.
     """
 
     def __init__(
@@ -30,9 +51,11 @@ class Balancer:
         rule: str = "sign",
         rate: float | Schedule = 1e-3,
         centered: bool = False,
+        mode: str | Sequence[str] = "train",
         group: Group = None,
     ) -> None:
         check_rule(rule, rate(0) if callable(rate) else rate)
+        check_mode(mode)
         self.rule, self.rate, self.centered = rule, rate, centered
         self.group = group or world_group()
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
@@ -43,21 +66,29 @@ class Balancer:
         sizes = {gate.bias_E.numel() for gate in self.gates}
         if len(sizes) > 1:
             raise ValueError(f"all MoE layers must have the same number of experts, got {sorted(sizes)}")
+        self.modes = _mode_of_layers(mode, len(self.gates))
         self.num_steps = 0
-        """Bias updates so far; skipped steps do not count."""
+        """Optimizer steps so far; skipped steps do not count."""
         self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
         """int64: the global load of the last finished step, zero before the first."""
         self._seen_steps = 0 if self.engine is None else self.engine.global_steps
-        self._set_bias(self._shared(self.bias_LE))
+        self._set_bias(self._started(self.bias_LE))
 
     @property
     def bias_LE(self) -> Tensor:
         """float32: the biases as they are now, a copy."""
         return torch.stack([gate.bias_E.detach().flatten() for gate in self.gates]).float()
 
-    def _shared(self, bias_LE: Tensor) -> Tensor:
+    def _started(self, bias_LE: Tensor) -> Tensor:
+        """The first rank's biases, those of layers to recentre without their mean; collective."""
         broadcast_(bias_LE, self.group)
-        return bias_LE
+        exact_LE = bias_LE.double()
+        centred_LE = (exact_LE - exact_LE.mean(-1, keepdim=True)).float()
+        return torch.where(self._has_mode("recentre"), centred_LE, bias_LE)
+
+    def _has_mode(self, mode: str) -> Tensor:
+        """Whether each layer has this mode: (L, 1)."""
+        return torch.tensor([[one == mode] for one in self.modes], device=self.load_LE.device)
 
     def _set_bias(self, bias_LE: Tensor) -> None:
         with torch.no_grad():
@@ -101,8 +132,9 @@ class Balancer:
             return False
         self.load_LE = total[:-1].view_as(self.load_LE)
         rate = self.rate(self.num_steps) if callable(self.rate) else self.rate
-        moved_LE = update_bias(self.bias_LE, self.load_LE, rate=rate, rule=self.rule, centered=self.centered)
-        self._set_bias(moved_LE)
+        bias_LE = self.bias_LE
+        moved_LE = update_bias(bias_LE, self.load_LE, rate=rate, rule=self.rule, centered=self.centered)
+        self._set_bias(torch.where(self._has_mode("freeze"), bias_LE, moved_LE))
         self.num_steps += 1
         return True
 

@@ -72,6 +72,7 @@ def start(config: Config) -> Run:
         rule=balance.rule,
         rate=rate_schedule(balance.rate, warmup_steps=balance.warmup_steps, zero_at_step=balance.zero_at_step),
         centered=balance.centered,
+        mode=bias_mode(config),
         sequence_loss_alpha=balance.sequence_loss_alpha,
         batch_loss_alpha=balance.batch_loss_alpha,
         timeout_seconds=config.run.timeout_seconds,
@@ -86,7 +87,19 @@ def start(config: Config) -> Run:
         description = describe_run(config, **facts, unigram_entropy=run.summary["unigram_entropy"])
         write_config(folder, description)
         run.reporter = _open_reporter(run, description, layer_names)
+        if config.model.path and balance.mode == "auto":
+            run.reporter.message(
+                f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
+                "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
+            )
     return run
+
+
+def bias_mode(config: Config) -> str:
+    """The Balancer's mode: "auto" freezes the biases of a released model and trains those of a new one."""
+    if config.balance.mode != "auto":
+        return config.balance.mode
+    return "freeze" if config.model.path else "train"
 
 
 def _by_first_rank(group: ProcessGroup, make: Callable[[Config], T], config: Config) -> T:

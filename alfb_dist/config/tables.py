@@ -82,6 +82,10 @@ class BalanceConfig(_Table):
     rule: Literal["sign", "proportional", "rms"] = Field(default="sign", description="update rule of the bias")
     rate: float = Field(default=0.001, ge=0, le=1, description="score units per optimizer step; 0 freezes the bias")
     centered: bool = Field(default=False, description="take the mean out of every update")
+    mode: Literal["auto", "train", "freeze", "recentre"] = Field(
+        default="auto",
+        description='what happens to the biases; recentre: the mean is taken out once; "auto": freeze with model.path',
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps in which the rate rises linearly from 0")
     zero_at_step: int | None = Field(default=None, ge=1, description="step from which on the rate is 0")
     sequence_loss_alpha: float = Field(
