@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alfb_dist.balance import Schedule, check_rule, update_bias
 from alfb_dist.collectives import Group, all_sum, broadcast_, size, world_group
+from alfb_dist.mend import mend
 from alfb_dist.sharding import watch
 
 MODES = ("train", "freeze", "recentre")
@@ -40,6 +41,7 @@ class Balancer:
         each layer's mean out of its bias once, now, and trains. That leaves the routing as it was and brings back the
         bits that a bias far from 0 has no room for.
     group: the ranks that hold distinct tokens; all ranks unless given.
+    An engine with sharded experts is mended where DeepSpeed mistakes them (see mend.py).
     Making one is collective: the biases become those of the group's first rank. Raises ValueError if the model has no
     gate with a selection bias, or its gates differ in their number of experts, or the rule, rate or mode is not valid.
     """
@@ -60,6 +62,8 @@ class Balancer:
         self.group = group or world_group()
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module
+        if self.engine is not None:
+            mend(self.engine)
         self.gates = watch(model)
         if not self.gates:
             raise ValueError(f"{type(model).__name__} has no MoE block with a gate that carries a selection bias")

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("source", nargs="+", help='files, folders, or "python-stdlib"')
     prepare.add_argument("--cache", default="data-cache", help="folder of the token files (default: data-cache)")
     prepare.add_argument("--tokenizer", default="bytes", help='"bytes", a tokenizer.json, or a transformers folder')
+    prepare.add_argument("--end-token", help="the tokenizer's end-of-document token, if it is not a usual one")
     prepare.add_argument("--validation-fraction", type=float, default=0.05, help="share of the files (default: 0.05)")
     prepare.set_defaults(run=_prepare)
 
@@ -79,7 +80,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(config: Config, ranks: int | None) -> int:
-    world_size = ranks or max(launched_world()[1], config.parallel.ep_degree)
+    world_size = max(launched_world()[1], config.parallel.ep_degree) if ranks is None else ranks
+    if world_size < 1 or world_size % config.parallel.ep_degree:
+        raise ConfigError(
+            f"--ranks ({world_size}) must be a multiple of parallel.ep_degree ({config.parallel.ep_degree})"
+        )
 
     from rich.console import Console
     from rich.table import Table
@@ -103,8 +108,14 @@ def _report(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     from alfb_dist.data import TokenFile, prepare
 
-    options = {"tokenizer": arguments.tokenizer, "validation_fraction": arguments.validation_fraction}
-    prepared = prepare(arguments.source, arguments.cache, progress=True, **options)
+    prepared = prepare(
+        arguments.source,
+        arguments.cache,
+        tokenizer=arguments.tokenizer,
+        end_token=arguments.end_token,
+        validation_fraction=arguments.validation_fraction,
+        progress=True,
+    )
     for path in (prepared.train, prepared.validation):
         with TokenFile(path) as file:
             print(f"{path}: {file.num_tokens:,} tokens in {file.num_documents:,} documents")

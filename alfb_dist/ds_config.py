@@ -23,6 +23,8 @@ def check_ds_config(ds_config: dict[str, Any]) -> None:
         )
     if ds_config.get("expert_parallel", {}).get("enabled"):
         raise ValueError("expert_parallel.enabled must be off: the experts are sharded by alfb_dist (ep_degree)")
+    if ds_config.get("fp16", {}).get("enabled"):
+        raise ValueError("fp16.enabled must be off: use bf16 or float32, whose skipped steps and norms are tested")
     if ds_config.get("use_data_before_expert_parallelism"):
         raise ValueError(
             "use_data_before_expert_parallelism must be off: alfb_dist lays ranks out expert-parallel first"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from alfb_dist import checkpoint
+from alfb_dist.agreement import agreed, first_ranks
 from alfb_dist.balance import rate_schedule
 from alfb_dist.balancer import Balancer
-from alfb_dist.collectives import broadcast_object
 from alfb_dist.config import Config, ConfigError
 from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_entropy
 from alfb_dist.ds_config import derive_ds_config, lr_schedule
@@ -22,10 +21,8 @@ from alfb_dist.engine import initialize, quiet
 from alfb_dist.families import moe_blocks
 from alfb_dist.model import build_model, parameter_groups
 from alfb_dist.report import NullReporter, Reporter, open_reporter
-from alfb_dist.run_folder import describe_run, last_run_folder, new_run_folder, write_config
+from alfb_dist.run_folder import changed_settings, describe_run, last_run_folder, new_run_folder, write_config
 from alfb_dist.topology import init_distributed
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -45,6 +42,8 @@ class Run:
     tokens: int = 0
     skipped_in_a_row: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What a person should read when the run starts."""
 
     @property
     def slot(self) -> tuple[int, int, int]:
@@ -56,18 +55,18 @@ def start(config: Config) -> Run:
     """The run stands at its first step, or where its newest good checkpoint left it; collective."""
     device = init_distributed(timeout_seconds=config.run.timeout_seconds)
     quiet()
-    group, rank, world = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
     assert group is not None
-    prepared = _by_first_rank(group, _prepare, config)
-    train_batches, validation_batches = _open_data(config, prepared)
-    folder = _by_first_rank(group, _choose_folder, config)
+    prepared = first_ranks(lambda: _prepare(config), group, ConfigError)
+    train_batches, validation_batches = agreed(lambda: _open_data(config, prepared), group, ConfigError)
+    folder = first_ranks(lambda: _choose_folder(config), group, ConfigError)
     model = build_model(config)
     num_parameters = sum(p.numel() for p in model.parameters())
     layer_names = [block.name for block in moe_blocks(model)]
     balance = config.balance
     engine, balancer = initialize(
         model,
-        derive_ds_config(config, world),
+        derive_ds_config(config, group.size()),
         ep_degree=config.parallel.ep_degree,
         rule=balance.rule,
         rate=rate_schedule(balance.rate, warmup_steps=balance.warmup_steps, zero_at_step=balance.zero_at_step),
@@ -81,17 +80,12 @@ def start(config: Config) -> Run:
     )
     run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter())
     _resume(run)
-    if rank == 0:
-        run.summary["unigram_entropy"] = unigram_entropy(train_batches.token_file)
-        facts = {"world_size": world, "num_parameters": num_parameters, "layer_names": layer_names}
-        description = describe_run(config, **facts, unigram_entropy=run.summary["unigram_entropy"])
-        write_config(folder, description)
-        run.reporter = _open_reporter(run, description, layer_names)
-        if config.model.path and balance.mode == "auto":
-            run.reporter.message(
-                f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
-                "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
-            )
+    if config.model.path and balance.mode == "auto":
+        run.notes.append(
+            f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
+            "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
+        )
+    agreed(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
     return run
 
 
@@ -100,20 +94,6 @@ def bias_mode(config: Config) -> str:
     if config.balance.mode != "auto":
         return config.balance.mode
     return "freeze" if config.model.path else "train"
-
-
-def _by_first_rank(group: ProcessGroup, make: Callable[[Config], T], config: Config) -> T:
-    """What `make` returns on the first rank; what a user can mend is raised on every rank alike. Collective."""
-    made, error = None, None
-    if group.rank() == 0:
-        try:
-            made = make(config)
-        except (ValueError, OSError) as problem:
-            error = str(problem)
-    made, error = broadcast_object((made, error), group)
-    if error is not None:
-        raise ConfigError(error)
-    return made
 
 
 def _choose_folder(config: Config) -> Path:
@@ -128,6 +108,7 @@ def _prepare(config: Config) -> PreparedData:
         data.source,
         data.cache,
         tokenizer=data.tokenizer,
+        end_token=data.end_token or None,
         validation_fraction=data.validation_fraction,
         validation_sources=data.validation_source,
         progress=config.report.progress,
@@ -135,32 +116,53 @@ def _prepare(config: Config) -> PreparedData:
 
 
 def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches]:
-    files = TokenFile(prepared.train), TokenFile(prepared.validation)
+    data, files = config.data, (TokenFile(prepared.train), TokenFile(prepared.validation))
     vocab_size = config.model.config.get("vocab_size")
     if isinstance(vocab_size, int) and files[0].vocab_size > vocab_size:
         raise ConfigError(
             f"model.config.vocab_size ({vocab_size}) must be at least the tokenizer's ({files[0].vocab_size})"
         )
-    length, layout, seed = config.data.sequence_length, config.data.layout, config.run.seed
-    return Batches(files[0], length, layout, seed=seed), Batches(files[1], length, layout, seed=seed)
+    train_batches, validation_batches = (
+        Batches(file, data.sequence_length, data.layout, seed=config.run.seed) for file in files
+    )
+    return train_batches, validation_batches
 
 
 def _resume(run: Run) -> None:
     if not run.config.run.resume:
         return
-    folder = run.folder / "checkpoints"
-    found = broadcast_object(checkpoint.newest_good(folder) if run.group.rank() == 0 else None, run.group)
-    if found[0] is not None:
-        state = checkpoint.load(run.engine, run.balancer, found[0])
+    path, damaged = checkpoint.agree_on_newest(run.folder / "checkpoints")
+    if path is None and damaged:
+        raise ConfigError(
+            f"run.resume: no checkpoint of {run.folder} is whole ({'; '.join(damaged)}); "
+            "mend or remove them, or start anew with run.resume=false"
+        )
+    run.notes += [f"passed over a checkpoint: {reason}" for reason in damaged]
+    if path is not None:
+        state = checkpoint.load(run.engine, run.balancer, path)
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
+        run.notes.append(f"resumed from {path.name}")
+        run.notes += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
 
 
-def _open_reporter(run: Run, description: dict[str, Any], layer_names: list[str]) -> Reporter | NullReporter:
-    report = run.config.report
-    return open_reporter(
+def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:
+    """On the first rank, config.json is written and the reporter open."""
+    if run.group.rank() != 0:
+        return
+    config, report = run.config, run.config.report
+    run.summary["unigram_entropy"] = unigram_entropy(run.train_batches.token_file)
+    description = describe_run(
+        config,
+        world_size=run.group.size(),
+        num_parameters=num_parameters,
+        layer_names=layer_names,
+        unigram_entropy=run.summary["unigram_entropy"],
+    )
+    write_config(run.folder, description)
+    run.reporter = open_reporter(
         run.folder,
-        rank=run.group.rank(),
-        total_steps=run.config.train.steps,
+        rank=0,
+        total_steps=config.train.steps,
         first_step=run.first_step,
         config=description,
         progress=report.progress,
@@ -170,3 +172,5 @@ def _open_reporter(run: Run, description: dict[str, Any], layer_names: list[str]
         layer_names=layer_names,
         html=report.html,
     )
+    for note in run.notes:
+        run.reporter.message(note)

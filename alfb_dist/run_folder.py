@@ -48,10 +48,13 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, with -dirty where files differ from it, or None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this package's sources, -dirty if files differ from it; None if git does not track them."""
+    here = Path(__file__).parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -72,3 +75,21 @@ def write_config(folder: Path, description: dict[str, Any]) -> None:
     aside = folder / "config.json.tmp"
     aside.write_text(json.dumps(description, indent=1) + "\n")
     aside.replace(folder / "config.json")
+
+
+def changed_settings(folder: Path, config: Config) -> list[str]:
+    """One line for each setting that differs from those that the run was last started with."""
+    try:
+        before = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        return [f"{folder / 'config.json'} cannot be read: whether settings have changed is not known"]
+    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key != "run.resume"]
+    return [f"changed since: {key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ from alfb_dist.stop import DONE, PREEMPTED, StopSignals
 def train(config: Config) -> int:
     """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks."""
     run = start(config)
+    last = stopping = False
     with StopSignals() as signals:
         for step in range(run.first_step + 1, config.train.steps + 1):
             started, lr = time.perf_counter(), run.engine.get_lr()[0]
-            part = forward_backward_step(run, step)
+            batch = next_batch(run, step)
+            part = forward_backward_step(run, batch)
             run.balancer.step()
             loss, stopping = agree(run, part, signals.asked)
-            report(run, step, loss, lr, time.perf_counter() - started)
+            report(run, step, batch, loss, lr, time.perf_counter() - started)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):
                 evaluate(run, step)
@@ -36,6 +39,15 @@ def train(config: Config) -> int:
                 break
     run.reporter.close(run.summary)
     return PREEMPTED if stopping and not last else DONE
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A rank's micro-batches of one optimizer step, and what all ranks' hold together."""
+
+    micro_batches: list[dict[str, Tensor]]
+    targets: int  # tokens to be predicted
+    tokens: int  # without padding
 
 
 def due(step: int, interval: int, last: bool) -> bool:
@@ -53,25 +65,41 @@ def num_targets(batch: dict[str, Tensor]) -> Tensor:
     return (batch["labels"][:, 1:] >= 0).sum()
 
 
-def forward_backward_step(run: Run, step: int) -> Tensor:
+def next_batch(run: Run, step: int) -> StepBatch:
+    """The step's samples; collective. RuntimeError on every rank if one of them cannot read its own."""
+    rank, world, micro_batch = run.slot
+    failure: Exception | None = None
+    micro_batches: list[dict[str, Tensor]] = []
+    try:
+        micro_batches = run.train_batches.step(step - 1, run.config.train.global_batch, rank, world, micro_batch)
+    except (OSError, ValueError) as error:
+        failure = error
+    targets = sum(int(num_targets(batch)) for batch in micro_batches)
+    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in micro_batches)
+    counts = torch.tensor([targets, tokens, failure is not None], device=run.device)
+    all_targets, all_tokens, failures = all_sum(counts, run.group).tolist()
+    if failures:
+        raise RuntimeError(
+            f"step {step}: {failures} rank(s) could not read their samples: {failure or 'see the other ranks'}"
+        ) from failure
+    return StepBatch(micro_batches, all_targets, all_tokens)
+
+
+def forward_backward_step(run: Run, batch: StepBatch) -> Tensor:
     """One optimizer step on the rank's micro-batches: this rank's part of the mean loss per predicted token.
 
     The parts of all ranks add up to the mean over the global batch, however its padding is spread.
     """
-    rank, world, micro_batch = run.slot
-    micro_batches = run.train_batches.step(step - 1, run.config.train.global_batch, rank, world, micro_batch)
-    targets = torch.stack([num_targets(batch) for batch in micro_batches]).sum()
-    padded = run.config.data.layout == "padded"
-    targets = all_sum(targets.to(run.device), run.group) if padded else targets * world
+    parts = run.group.size() * len(batch.micro_batches)
     # The engine averages over ranks and micro-batches, so each gives its sum over the mean number of targets.
-    mean_targets = targets / (world * len(micro_batches))
+    mean_targets = torch.tensor(batch.targets / parts, device=run.device)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    for batch in micro_batches:
-        loss = run.engine(**on_device(run, batch), num_items_in_batch=mean_targets).loss
+    for micro_batch in batch.micro_batches:
+        loss = run.engine(**on_device(run, micro_batch), num_items_in_batch=mean_targets).loss
         run.engine.backward(loss)
         run.engine.step()
         total += loss.detach()
-    return total / (world * len(micro_batches))
+    return total / parts
 
 
 def agree(run: Run, part: Tensor, asked_to_stop: bool) -> tuple[float, bool]:
@@ -87,11 +115,10 @@ def agree(run: Run, part: Tensor, asked_to_stop: bool) -> tuple[float, bool]:
     return total, asked > 0
 
 
-def report(run: Run, step: int, loss: float, lr: float, seconds: float) -> None:
+def report(run: Run, step: int, batch: StepBatch, loss: float, lr: float, seconds: float) -> None:
     """The step is in the progress bar and, at the log interval, in the metrics."""
     config, load_LE = run.config, run.balancer.load_LE
-    tokens = config.train.global_batch * config.data.sequence_length
-    run.tokens += tokens
+    run.tokens += batch.tokens
     violation_L = metrics.max_violation(load_LE)
     grad_norm = run.engine.get_global_grad_norm()
     record: dict[str, Any] = {
@@ -101,7 +128,7 @@ def report(run: Run, step: int, loss: float, lr: float, seconds: float) -> None:
         "lr": lr,
         "grad_norm": None if grad_norm is None else float(grad_norm),
         "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": batch.tokens / seconds,
         "max_violation_batch": float(violation_L.mean()),
         "max_violation_batch_per_layer": violation_L.tolist(),
         "rank_skew": float(metrics.rank_skew(load_LE, config.parallel.ep_degree).mean()),
@@ -146,12 +173,14 @@ def save(run: Run, step: int) -> None:
         "config_hash": run.config.hash(),
         "seed": run.config.run.seed,
     }
-    folder = run.folder / "checkpoints"
     try:
-        path = checkpoint.save(run.engine, run.balancer, folder, step=step, state=state)
+        checkpoint.save(
+            run.engine,
+            run.balancer,
+            run.folder / "checkpoints",
+            step=step,
+            state=state,
+            keep=run.config.train.keep_checkpoints,
+        )
     except OSError as error:  # raised on every rank alike
         run.reporter.message(f"no checkpoint at step {step}: {error}")
-        return
-    if run.group.rank() == 0:
-        checkpoint.prune(folder, run.config.train.keep_checkpoints)
-    run.summary["checkpoint"] = str(path)

@@ -12,7 +12,8 @@ from tiny import full_weights, part, random_biases, set_biases, tiny_batch, tiny
 from torch import Tensor
 
 import alfb_dist
-from alfb_dist.engine import global_grad_norm, quiet
+from alfb_dist.engine import quiet
+from alfb_dist.mend import global_grad_norm
 
 STEPS, SEQUENCES, POSITIONS, LR, CLIP, RATE = 3, 8, 12, 1e-2, 0.5, 0.01
 
@@ -245,6 +246,7 @@ def refused(change: dict[str, Any], options: dict[str, Any]) -> str:
     [
         ({"zero_optimization": {"stage": 3}}, {"ep_degree": 2}, "zero_optimization.stage must be 0, 1 or 2, got 3"),
         ({"expert_parallel": {"enabled": True}}, {"ep_degree": 2}, "expert_parallel.enabled must be off"),
+        ({"fp16": {"enabled": True}}, {"ep_degree": 2}, "fp16.enabled must be off"),
         ({}, {"ep_degree": 3}, "the world size (2) must be divisible by ep_degree (3)"),
         ({}, {"ep_degree": 2, "rule": "sing"}, "rule must be one of sign, proportional, rms, got 'sing'"),
         ({}, {"ep_degree": 2, "rate": -1.0}, "rate must be a finite number >= 0, got -1.0"),
@@ -270,7 +272,7 @@ def test_experts_of_before_the_sharding_are_not_trained_unnoticed(ranks: Any) ->
         assert "(8, 32, 24)" in message
 
 
-def by_hand() -> dict[str, Any]:
+def by_hand(stage: int) -> dict[str, Any]:
     """parallelize, deepspeed.initialize and Balancer in a user's own script."""
     import deepspeed
 
@@ -279,22 +281,24 @@ def by_hand() -> dict[str, Any]:
     quiet()
     model = alfb_dist.parallelize(tiny_model(), ep_degree=2)
     start_without_compiler()
-    config = ds_config(1, 1)
+    config = ds_config(stage, 1)
     config["optimizer"]["params"]["torch_adam"] = True
     engine = deepspeed.initialize(model=model, config=config)[0]
     balancer = alfb_dist.Balancer(engine, rate=RATE)
     for step in range(STEPS):
         one_step(engine, balancer, step, 1)
-    whole, balancer_2 = alfb_dist.initialize(tiny_model(), ds_config(1, 1), ep_degree=2, rate=RATE)
+    whole, balancer_2 = alfb_dist.initialize(tiny_model(), ds_config(stage, 1), ep_degree=2, rate=RATE)
     for step in range(STEPS):
         one_step(whole, balancer_2, step, 1)
     pairs = zip(engine.module.parameters(), whole.module.parameters())
     return {
         "same_weights": all(torch.equal(a, b) for a, b in pairs),
         "same_bias": torch.equal(balancer.bias_LE, balancer_2.bias_LE),
+        "same_norm": float(engine.get_global_grad_norm()) == float(whole.get_global_grad_norm()),
     }
 
 
-def test_the_three_calls_by_hand_equal_initialize(ranks: Any) -> None:
-    for result in ranks(2, by_hand):
-        assert result == {"same_weights": True, "same_bias": True}
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_three_calls_by_hand_equal_initialize(ranks: Any, stage: int) -> None:
+    for result in ranks(2, by_hand, stage):
+        assert result == {"same_weights": True, "same_bias": True, "same_norm": True}

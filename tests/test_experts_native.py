@@ -103,6 +103,13 @@ def test_what_is_not_finite_stays_visible(value: float) -> None:
 
 
 @needs_compiler
+def test_loading_the_kernels_leaves_the_process_its_small_numbers() -> None:
+    assert native.library() is not None
+    assert 5e-324 * 1.0 != 0  # linked with -ffast-math, the library would make the whole process flush these to zero
+    assert float(torch.tensor(1e-39) * 0.5) != 0
+
+
+@needs_compiler
 def test_large_gates_saturate_as_silu_does() -> None:
     x_R1 = torch.tensor([-1000.0, -90, -20, -1, -1e-3, 0, 1e-3, 1, 20, 90, 1000])[:, None]
     ids_R1, ones_R1 = torch.zeros(11, 1, dtype=torch.int64), torch.ones(11, 1)

@@ -19,7 +19,7 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop config topology collectives metrics balance router aux_loss dispatch experts families gate moe sharding
+    stop config topology collectives agreement metrics balance router aux_loss dispatch experts families gate moe sharding mend
     balancer model data ds_config engine checkpoint report estimate run_folder run train bench cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""

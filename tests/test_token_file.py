@@ -73,7 +73,7 @@ def test_bytes_of_a_small_file_are_those_of_the_format(write: Writes) -> None:
     index = (
         '{"block_bytes":64,"blocks":["'
         + xxhash.xxh3_128_hexdigest(payload)
-        + '"],"dtype":"uint16","end_id":9,"notes":{},'
+        + '"],"dtype":"uint16","end_id":9,"notes":{"unigram_entropy":1.3321790402101223},'
         '"num_documents":2,"num_tokens":5,"tokenizer":"bytes-1","vocab_size":10}'
     )
     assert raw[96:] == index.encode()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from alfb_dist import train as loop
-from alfb_dist.config import load_config
+from alfb_dist.config import ConfigError, load_config
 from alfb_dist.run import start
 from alfb_dist.stop import DONE, PREEMPTED
 
@@ -62,6 +62,72 @@ def test_a_run_stopped_by_a_signal_to_one_rank_resumes_to_the_bit(
     assert lines(stopped / "runs" / "test") == lines(straight / "runs" / "test")
 
 
+def test_resuming_a_finished_run_is_done_at_once(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, run, str(tmp_path), ("train.steps=2",)) == [DONE, DONE]
+    before = lines(tmp_path / "runs" / "test")
+    assert ranks(2, run, str(tmp_path), ("train.steps=2", "run.resume=true")) == [DONE, DONE]
+    assert lines(tmp_path / "runs" / "test") == before
+
+
+def resumed_over(folder: str, settings: Sequence[str]) -> tuple[list[str], int]:
+    run_ = start(config_of(Path(folder), *settings, "run.resume=true"))
+    return run_.notes, run_.first_step
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told_and_changed_settings_are_named(
+    ranks: Any, tmp_path: Path
+) -> None:
+    assert ranks(2, run, str(tmp_path), ("train.steps=4", "train.checkpoint_interval=2")) == [DONE, DONE]
+    saves = tmp_path / "runs" / "test" / "checkpoints"
+    damage(saves / "step-00000004")
+    for notes, first_step in ranks(2, resumed_over, str(tmp_path), ("train.steps=4", "optimizer.lr=0.5")):
+        assert first_step == 2
+        assert "passed over a checkpoint" in notes[0]
+        assert "step-00000004" in notes[0]
+        assert notes[1] == "resumed from step-00000002"
+        assert "changed since: optimizer.lr was 0.003, is 0.5" in notes
+
+
+def damage(save: Path) -> None:
+    file = next(save.glob("tensors-*"))
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def refused_resume(folder: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        start(config_of(Path(folder), "run.resume=true"))
+    return str(error.value)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, run, str(tmp_path), ("train.steps=2",)) == [DONE, DONE]
+    damage(tmp_path / "runs" / "test" / "checkpoints" / "step-00000002")
+    for message in ranks(2, refused_resume, str(tmp_path)):
+        assert "no checkpoint of" in message
+        assert "step-00000002" in message
+
+
+def one_rank_cannot_read(folder: str) -> str:
+    run_ = start(config_of(Path(folder)))
+    if dist.get_rank() == 1:
+        run_.train_batches.step = raise_damage  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError) as error:
+        loop.next_batch(run_, 3)
+    return str(error.value)
+
+
+def raise_damage(*_: Any) -> Any:
+    raise ValueError("train.tokens: damaged at byte 64")
+
+
+def test_samples_that_one_rank_cannot_read_end_the_step_on_all(ranks: Any, tmp_path: Path) -> None:
+    other, own = ranks(2, one_rank_cannot_read, str(tmp_path))
+    assert "step 3: 1 rank(s) could not read their samples" in other
+    assert "damaged at byte 64" in own
+
+
 def test_resume_without_a_run_starts_one(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, run, str(tmp_path), ("run.resume=true", "train.steps=2")) == [DONE, DONE]
     assert [line["step"] for line in lines(tmp_path / "runs" / "test")] == [1, 2, 2]
@@ -80,7 +146,8 @@ def padded_loss(folder: str, source: str) -> dict[str, float]:
                     if label >= 0:
                         total -= row[position].log_softmax(-1)[label].item()
                         targets += 1
-    part = loop.forward_backward_step(run_, 1)
+    batch = loop.next_batch(run_, 1)
+    part = loop.forward_backward_step(run_, batch)
     run_.balancer.step()
     loss, _ = loop.agree(run_, part, False)
     mask = [b["attention_mask"].sum() for r in range(2) for b in run_.train_batches.step(0, 8, r, 2, 1)]

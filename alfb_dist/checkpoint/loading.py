@@ -14,10 +14,10 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from alfb_dist.agreement import agreed, first_ranks
 from alfb_dist.balancer import Balancer
 from alfb_dist.checkpoint import manifest as manifests
 from alfb_dist.checkpoint import optimizer, rng, tensors
-from alfb_dist.checkpoint.agreement import agreed
 from alfb_dist.checkpoint.comparison import compare, saved_kinds
 from alfb_dist.checkpoint.folder import newest_good
 from alfb_dist.checkpoint.safetensors_file import tensor_bytes, torch_dtype
@@ -192,7 +192,4 @@ def load(engine: Any, balancer: Balancer, path: Path) -> dict[str, Any]:
 
 def agree_on_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """What `newest_good` says on rank 0, on every rank; collective."""
-    group = world_group()
-    found = agreed(lambda: newest_good(folder) if group_rank(group) == 0 else None, group, OSError)
-    answer: tuple[Path | None, list[str]] = broadcast_object(found, group)
-    return answer
+    return first_ranks(lambda: newest_good(folder), world_group(), OSError)

@@ -13,9 +13,9 @@ import torch
 import xxhash
 
 import alfb_dist
+from alfb_dist.agreement import agreed
 from alfb_dist.balancer import Balancer
 from alfb_dist.checkpoint import files, manifest, optimizer, tensors
-from alfb_dist.checkpoint.agreement import agreed
 from alfb_dist.checkpoint.folder import SaveError, prune, publish, start
 from alfb_dist.checkpoint.folder_names import aside, step_folder
 from alfb_dist.checkpoint.gathering import Gatherer, batches, items

@@ -122,6 +122,9 @@ class DataConfig(_Table):
     tokenizer: Name = Field(
         default="bytes", description='"bytes", a tokenizer.json, or a transformers tokenizer folder'
     )
+    end_token: str = Field(
+        default="", description="the tokenizer's end-of-document token, where it is not one of the usual ones"
+    )
     sequence_length: int = Field(ge=2, le=2**24, description="tokens a sequence")
     layout: Literal["packed", "padded"] = Field(
         default="packed", description="documents joined, or one padded one a sequence"

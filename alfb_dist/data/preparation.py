@@ -74,7 +74,7 @@ def prepare(
     train, validation = folder / "train.tokens", folder / "validation.tokens"
     with TokenFile(train) as file, TokenFile(validation):
         notes = file.index.notes
-    return PreparedData(train, validation, notes["num_empty"], notes["num_undecodable"])
+    return PreparedData(train, validation, int(notes["num_empty"]), int(notes["num_undecodable"]))
 
 
 def _given_pair(given: list[Path], num_sources: int) -> PreparedData:
@@ -86,7 +86,7 @@ def _given_pair(given: list[Path], num_sources: int) -> PreparedData:
     for path in given:
         with TokenFile(path) as file:
             notes = file.index.notes
-    return PreparedData(given[0], given[1], notes.get("num_empty", 0), notes.get("num_undecodable", 0))
+    return PreparedData(given[0], given[1], int(notes.get("num_empty", 0)), int(notes.get("num_undecodable", 0)))
 
 
 def split_by_name(names: Sequence[str], validation_fraction: float) -> list[bool]:

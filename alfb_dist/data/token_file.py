@@ -63,7 +63,7 @@ class TokenIndex:
     num_documents: int
     block_bytes: int
     blocks: list[str]
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int | float] = field(default_factory=dict)
 
     @property
     def ends_offset(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import ArrayLike
 
+from alfb_dist.data.entropy import NOTE, entropy_of
 from alfb_dist.data.token_file import BLOCK_BYTES, DTYPES, HEAD_BYTES, TokenIndex, pack_head
 
 
@@ -26,12 +27,15 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+_COUNTED_VOCAB = 1 << 24  # no vocabulary of text is larger; the counts take 8 bytes an id
+
+
 class TokenWriter:
     """Writes one token file; used in a `with` block, whose end without an error is what makes the file appear.
 
     vocab_size: ids are below it; it decides between uint16 and uint32. end_id: the end-of-document token, appended to
     each document. tokenizer: its fingerprint. block_bytes: payload bytes per hash. `notes` go into the index as
-    they are when the `with` block ends. Raises ValueError if a size is out of range.
+    they are when the `with` block ends, with the unigram entropy. Raises ValueError if a size is out of range.
     """
 
     def __init__(
@@ -44,7 +48,8 @@ class TokenWriter:
         if block_bytes < 1:
             raise ValueError(f"block_bytes ({block_bytes}) must be at least 1")
         self.path = Path(path)
-        self.notes: dict[str, int] = {}
+        self.notes: dict[str, int | float] = {}
+        self._counts = np.zeros(vocab_size if vocab_size <= _COUNTED_VOCAB else 0, np.int64)
         self._settings: dict[str, Any] = {"vocab_size": vocab_size, "end_id": end_id, "tokenizer": tokenizer}
         self._vocab_size = vocab_size
         self._end_id = end_id
@@ -75,6 +80,8 @@ class TokenWriter:
         if low < 0 or high >= self._vocab_size:
             raise ValueError(f"token ids {low} to {high} must be in 0..vocab_size-1, vocab_size is {self._vocab_size}")
         self._write(np.append(document, self._end_id).astype(DTYPES[self._dtype]).tobytes())
+        if len(self._counts):
+            self._counts += np.bincount(np.append(document, self._end_id), minlength=self._vocab_size)
         self._num_tokens += document.size + 1
         self._ends.append(self._num_tokens)
 
@@ -103,7 +110,7 @@ class TokenWriter:
             num_documents=len(self._ends),
             block_bytes=self._block_bytes,
             blocks=self._blocks,
-            notes=self.notes,
+            notes={**self.notes, NOTE: entropy_of(self._counts)} if len(self._counts) else self.notes,
         )
         text = index.to_json()
         self._file.write(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from alfb_dist.collectives import Group, broadcast_object, gather_objects
+from alfb_dist.collectives import Group, broadcast_object, gather_objects, group_rank
 
 T = TypeVar("T")
 
@@ -40,3 +40,13 @@ def agreed(action: Callable[[], T], group: Group, error: type[Exception]) -> T:
     if verdict:
         raise error(verdict.removeprefix("on all ranks: ")) from failure
     return result
+
+
+def first_ranks(make: Callable[[], T], group: Group, error: type[Exception]) -> T:
+    """What `make` returned on the group's first rank, on every rank; collective.
+
+    If it failed there, `error` is raised on every rank alike. The value is a plain object.
+    """
+    made = agreed(lambda: make() if group_rank(group) == 0 else None, group, error)
+    value: T = broadcast_object(made, group)
+    return value
