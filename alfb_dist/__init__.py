@@ -16,18 +16,32 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "update_bias": "balance",
+    "BalanceCallback": "callback",
     "Balancer": "balancer",
     "max_violation": "metrics",
     "parallelize": "sharding",
     "initialize": "engine",
+    "from_pretrained": "pretrained",
+    "save_pretrained": "pretrained",
 }
-__all__ = ["Balancer", "initialize", "max_violation", "parallelize", "update_bias"]
+__all__ = [
+    "BalanceCallback",
+    "Balancer",
+    "from_pretrained",
+    "initialize",
+    "max_violation",
+    "parallelize",
+    "save_pretrained",
+    "update_bias",
+]
 
 if TYPE_CHECKING:
     from alfb_dist.balance import update_bias
     from alfb_dist.balancer import Balancer
+    from alfb_dist.callback import BalanceCallback
     from alfb_dist.engine import initialize
     from alfb_dist.metrics import max_violation
+    from alfb_dist.pretrained import from_pretrained, save_pretrained
     from alfb_dist.sharding import parallelize
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alfb_dist.autoep import watch_autoep
 from alfb_dist.balance import Schedule, check_rule, update_bias
 from alfb_dist.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.mend import mend
+from alfb_dist.moe import sharded_experts
 from alfb_dist.sharding import watch
 
 MODES = ("train", "freeze", "recentre")
@@ -30,10 +32,21 @@ def _mode_of_layers(mode: str | Sequence[str], num_layers: int) -> list[str]:
     return modes
 
 
+def _check_adapters(model: nn.Module) -> None:
+    """Nothing, or ValueError if sharded experts carry adapters, which DeepSpeed would average over unlike experts."""
+    for name, experts in sharded_experts(model):
+        if name.endswith("base_layer") and experts.ep_size > 1:
+            raise ValueError(
+                f"{name}: adapters of experts need ep_degree 1, got {experts.ep_size}; leave the experts frozen "
+                "(target attention only), or train them in full"
+            )
+
+
 class Balancer:
     """Keeps the selection biases of a model's gates in balance.
 
-    engine_or_model: a DeepSpeed engine, or a model trained by another loop.
+    engine_or_model: a DeepSpeed engine, with experts sharded by `parallelize` or by DeepSpeed's own AutoEP; or a model
+        trained by another loop.
     rule, rate, centered: see `update_bias`. `rate` is a number, or a function from the step (the first is 0) to one,
         such as `alfb_dist.balance.rate_schedule` makes.
     mode: what happens to the biases, for all MoE layers or one for each in the model's order. "train" moves them from
@@ -43,7 +56,8 @@ class Balancer:
     group: the ranks that hold distinct tokens; all ranks unless given.
     An engine with sharded experts is mended where DeepSpeed mistakes them (see mend.py).
     Making one is collective: the biases become those of the group's first rank. Raises ValueError if the model has no
-    gate with a selection bias, or its gates differ in their number of experts, or the rule, rate or mode is not valid.
+    gate with a selection bias, or its gates differ in their number of experts, or the rule, rate or mode is not valid,
+    or peft's adapters sit on experts that are sharded over several ranks.
     """
 
     def __init__(
@@ -64,7 +78,8 @@ class Balancer:
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module
         if self.engine is not None:
             mend(self.engine)
-        self.gates = watch(model)
+        _check_adapters(model)
+        self.gates = watch_autoep(model, group) or watch(model)
         if not self.gates:
             raise ValueError(f"{type(model).__name__} has no MoE block with a gate that carries a selection bias")
         sizes = {gate.bias_E.numel() for gate in self.gates}

@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         action = saves.add_parser(name, help=text)
         action.add_argument("path", type=Path, help="a folder such as runs/demo/checkpoints/step-00000200")
         action.set_defaults(run=_inspect if name == "inspect" else _verify)
+    export = saves.add_parser("to-hf", help="write a checkpoint as a folder that transformers loads; one process")
+    export.add_argument("path", type=Path, metavar="CHECKPOINT", help="such as runs/demo/checkpoints/step-00000200")
+    export.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    export.add_argument("--config", type=Path, help="the run's config.json (default: the one in the run's folder)")
+    export.set_defaults(run=_to_hf)
     return parser
 
 
@@ -128,6 +133,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     for name, value in describe(arguments.path).items():
         print(f"{name}: {value}")
+    return DONE
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    import json
+
+    import torch
+    from transformers import AutoConfig
+
+    from alfb_dist.pretrained import to_hf
+
+    file = arguments.config or arguments.path.resolve().parent.parent / "config.json"
+    model = json.loads(file.read_text())["config"]["model"]
+    if model["path"]:
+        config = AutoConfig.from_pretrained(model["path"], trust_remote_code=False, local_files_only=True)
+    else:
+        config = AutoConfig.for_model(model["family"], **model["config"])
+    to_hf(arguments.path, arguments.out, config, dtype=getattr(torch, model["dtype"]))
+    print(arguments.out)
     return DONE
 
 

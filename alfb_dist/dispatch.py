@@ -33,7 +33,7 @@ def dispatch(
 ) -> tuple[Tensor, Tensor, Tensor, Route | None]:
     """Every token is where its experts are: (rows_RD, expert_ids_RK, weights_RK, route); collective, differentiable.
 
-    expert_ids_TK: int64 in [0, E). Expert i belongs to rank i // num_local_experts of the group.
+    expert_ids_TK: int64 in [0, E]; E marks an empty slot. Expert i belongs to rank i // num_local_experts of the group.
     In expert_ids_RK, ids are local, in [0, num_local_experts); an empty slot holds num_local_experts and weight 0.
     Without a group (or with one rank) the tokens stay as they are and the route is None.
     """
@@ -41,8 +41,8 @@ def dispatch(
         return x_TD, expert_ids_TK, weights_TK, None
     num_ranks, num_tokens = group.size(), x_TD.shape[0]
     rank_TK = expert_ids_TK // num_local_experts
-    goes_PT = torch.zeros(num_ranks, num_tokens, dtype=torch.bool, device=x_TD.device)
-    goes_PT.scatter_(0, rank_TK.T, True)
+    goes_PT = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.bool, device=x_TD.device)
+    goes_PT = goes_PT.scatter_(0, rank_TK.T, True)[:num_ranks]  # empty slots go nowhere
     rank_N, token_N = goes_PT.nonzero(as_tuple=True)
     send_counts: list[int] = goes_PT.sum(1).tolist()
     receive_counts = exchange_row_counts(send_counts, token_N.numel(), group, x_TD.device)

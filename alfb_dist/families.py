@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alfb_dist.experts.family import count_experts
+
 GATE_NAMES = ("gate", "router")
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+ADDED_BIAS = "selection_bias"
+"""The name in the gate of a selection bias that the family does not have, and gets here."""
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", ADDED_BIAS)
 
 
 @dataclass(frozen=True)
@@ -19,33 +23,67 @@ class MoEBlock:
     name: str  # in model.named_modules()
     module: Any  # an nn.Module; Any, since what it holds depends on the family
     gate: Any
-    bias_name: str  # of the gate's selection bias
-    num_experts: int
+    holder: Any  # the module that has the selection bias: the gate, a part of it (ERNIE), or the block (MiniMax-M2)
+    bias_name: str  # of the holder's selection bias
+    num_experts: int  # with weights; experts without (LongCat) follow them in the bias
+
+    @property
+    def added(self) -> bool:
+        """Whether the family has no selection bias of its own."""
+        return self.bias_name == ADDED_BIAS
 
 
-def _find_gate(module: nn.Module) -> tuple[nn.Module, str] | None:
-    for gate_name in GATE_NAMES:
-        gate = getattr(module, gate_name, None)
-        for bias_name in BIAS_NAMES:
-            if isinstance(gate, nn.Module) and isinstance(getattr(gate, bias_name, None), Tensor):
-                return gate, bias_name
+def score_matrix(gate: nn.Module, num_experts: int) -> str | None:
+    """The name of the gate's only matrix with one row for each expert, of which its logits are made."""
+    names = [name for name, p in gate.named_parameters() if p.dim() == 2 and p.shape[0] == num_experts]
+    names = [name for name in names if name.rpartition(".")[2] not in BIAS_NAMES]
+    return names[0] if len(names) == 1 else None
+
+
+def num_choices(gate: Any, bias: Tensor | None) -> int:
+    """Among how many experts the gate chooses."""
+    if bias is not None:
+        return bias.numel()
+    num_experts = getattr(gate, "num_experts", None)
+    return num_experts if isinstance(num_experts, int) else int(gate.weight.shape[0])
+
+
+def _gates(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(getattr(module, "experts", None), nn.Module):
+        gates = (getattr(module, name, None) for name in GATE_NAMES)
+        yield from (gate for gate in gates if isinstance(gate, nn.Module))
+
+
+def _find_bias(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
+    """The gate, the holder of its bias and the bias's name."""
+    for gate in _gates(module):
+        for holder in (gate, *gate.children(), module):
+            for bias_name in BIAS_NAMES:
+                if isinstance(getattr(holder, bias_name, None), Tensor):
+                    return gate, holder, bias_name
+    return None
+
+
+def _find_plain_gate(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
+    """The same for a gate without a bias that chooses the top k of a matrix with one row for each expert."""
+    for gate in _gates(module):
+        num_experts = count_experts(module.get_submodule("experts"))
+        if isinstance(getattr(gate, "top_k", None), int) and score_matrix(gate, num_experts) is not None:
+            return gate, gate, ADDED_BIAS
     return None
 
 
 def moe_blocks(model: nn.Module) -> Iterator[MoEBlock]:
-    """Every block of the model with experts and a gate that carries a selection bias, in the model's order."""
-    for name, module in model.named_modules():
-        found = _find_gate(module) if isinstance(getattr(module, "experts", None), nn.Module) else None
-        if found is not None:
-            gate, bias_name = found
-            yield MoEBlock(name, module, gate, bias_name, getattr(gate, bias_name).numel())
+    """Every block of the model with experts and a gate with a selection bias, in the model's order.
 
-
-def is_fused(experts: nn.Module) -> bool:
-    """Whether the experts are SwiGLU experts in transformers' fused form: (E, 2F, D) and (E, D, F), no biases."""
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dim() == down.dim() == 3):
-        return False
-    num_experts, double, width = gate_up.shape
-    others = {name for name, _ in experts.named_parameters()} - {"gate_up_proj", "down_proj"}
-    return not others and down.shape == (num_experts, width, double // 2) and callable(getattr(experts, "act_fn", None))
+    If no gate of the model has one, every block whose gate can get one: a family that biases some of its layers means
+    the others to have none.
+    """
+    modules = list(model.named_modules())
+    for find in (_find_bias, _find_plain_gate):
+        found = [(name, module, find(module)) for name, module in modules]
+        blocks = [(name, module, *parts) for name, module, parts in found if parts is not None]
+        if blocks:
+            for name, module, gate, holder, bias_name in blocks:
+                yield MoEBlock(name, module, gate, holder, bias_name, count_experts(module.get_submodule("experts")))
+            return

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from alfb_dist.aux_loss import LossScale, attach, batch_loss, sequence_loss
 from alfb_dist.collectives import Group
-from alfb_dist.router import RouterSpec, choose_experts, combine_weights, gate_scores
+from alfb_dist.families import num_choices, score_matrix
+from alfb_dist.router import RouterSpec, gate_scores
+from alfb_dist.trial import find_rule, float32_logits, weights_and_ids
 
 
 @dataclass
@@ -74,46 +75,74 @@ class _CommitLoad(torch.autograd.Function):
         return grads[0], None, None
 
 
+class BiasHolder(nn.Module):
+    """What is mixed into the class of a module that holds a selection bias. Not used on its own."""
+
+    held_bias: str  # the bias's name in this module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts everything as asked, except that the bias stays float32 with all its bits."""
+        bias = getattr(self, self.held_bias)
+        exact = bias.detach().clone() if bias.dtype == torch.float32 else None
+        super()._apply(fn, recurse)
+        bias = getattr(self, self.held_bias)
+        if bias.dtype != torch.float32:
+            bias.data = bias.float() if exact is None else exact.to(bias.device)
+        return self
+
+
 class BalancedGate(nn.Module):
     """What `balance_gate` mixes into a family's gate class. Not used on its own."""
 
-    weight: Tensor
-    spec: RouterSpec | None  # set where our own routing equals the family's bit for bit
-    bias_name: str
+    spec: RouterSpec | None  # the rule by which the gate's logits become its weights and ids, where it is one of ours
+    fast: bool  # whether our routing replaces the family's: also its logits are ours, bit for bit
+    bias_name: str  # in its holder
+    bias_added: bool  # whether the family has none: its choice is made again, with the bias
+    weight_name: str  # of the matrix that gives the logits
     batch: Batch
     aux: AuxLosses
     pending_load_E: Tensor | None  # int64: tokens of this rank since the last optimizer step
     measured_load_E: Tensor | None  # int64: tokens of this rank seen by `measure_loads`, or None outside of it
 
     @property
+    def bias_holder(self) -> Any:
+        """The module that holds the selection bias: the gate, a part of it, or its block."""
+        return self.__dict__.get("_holder", self)
+
+    @property
     def bias_E(self) -> Tensor:
         """The selection bias, float32, shaped as the family keeps it."""
-        return getattr(self, self.bias_name)
+        return getattr(self.bias_holder, self.bias_name)
 
     def add_load(self, load_E: Tensor) -> None:
         """load_E counts toward the next bias update."""
         self.pending_load_E = load_E if self.pending_load_E is None else self.pending_load_E + load_E
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The family's (logits, weights, expert ids), counted if this forward trains."""
-        if self.spec is None:
-            output = super().forward(hidden_states, *args, **kwargs)
+        """The family's (logits, weights, expert ids) and what else it returns, counted if this forward trains."""
+        if self.fast:
+            output = self._route(hidden_states)
         else:
-            output = self._route(hidden_states, self.spec)
-        logits_TE, weights_TK, ids_TK = output
+            output = super().forward(hidden_states, *args, **kwargs)
+            if self.bias_added:
+                output = self._choose_again(*output)
+        logits_TE, weights_TK, ids_TK, others = output[0], output[1], output[2], output[3:]
         if self.training and torch.is_grad_enabled():
-            return logits_TE, self._observe(logits_TE, weights_TK, ids_TK), ids_TK
+            return logits_TE, self._observe(logits_TE, weights_TK, ids_TK), ids_TK, *others
         if self.measured_load_E is not None:
             mask_T = self.batch.mask_T(ids_TK.shape[0], evaluated=True)
             self.measured_load_E = self.measured_load_E + self._load(ids_TK, mask_T)
         return output
 
-    def _route(self, hidden_states: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = nn.functional.linear(x_TD.to(torch.float32), self.weight.to(torch.float32))
-        scores_TE = gate_scores(logits_TE, spec)
-        ids_TK = choose_experts(scores_TE.detach(), self.bias_E, spec)
-        return logits_TE, combine_weights(scores_TE, ids_TK, spec), ids_TK
+    def _route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.spec is not None
+        logits_TE = float32_logits(hidden_states, self.get_parameter(self.weight_name))
+        return logits_TE, *weights_and_ids(logits_TE, self.bias_E, self.spec)
+
+    def _choose_again(self, logits_TE: Tensor, weights_TK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.spec is not None
+        ours_TK, ids_TK = weights_and_ids(logits_TE.float(), self.bias_E, self.spec)
+        return logits_TE, ours_TK.to(weights_TK.dtype), ids_TK
 
     def _load(self, ids_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         counted = ids_TK if mask_T is None else ids_TK[mask_T]
@@ -131,8 +160,10 @@ class BalancedGate(nn.Module):
         return weights_TK
 
     def _aux_loss(self, logits_TE: Tensor, mask_T: Tensor | None, load_E: Tensor) -> Tensor:
-        assert self.spec is not None and self.batch.shape is not None
-        scores_TE = gate_scores(logits_TE, self.spec)
+        assert self.spec is not None
+        if self.batch.shape is None:
+            raise ValueError("the sequence-wise loss needs the batch's shape: call the model with input_ids")
+        scores_TE = gate_scores(logits_TE.float(), self.spec)
         loss = scores_TE.new_zeros(())
         if self.aux.sequence_alpha:
             scores_BSE = scores_TE.unflatten(0, self.batch.shape)
@@ -143,74 +174,66 @@ class BalancedGate(nn.Module):
             loss = loss + self.aux.batch_alpha * part
         return loss
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts everything as asked, except that the bias stays float32 with all its bits."""
-        exact = self.bias_E.detach().clone() if self.bias_E.dtype == torch.float32 else None
-        super()._apply(fn, recurse)
-        if self.bias_E.dtype != torch.float32:
-            kept = self.bias_E.float() if exact is None else exact.to(self.bias_E.device)
-            self.bias_E.data = kept
-        return self
+
+def _mix(module: nn.Module, *mixins: type[nn.Module]) -> None:
+    """The module's class is now a subclass of it and of the mixins, so that transformers still knows it."""
+    family = type(module)
+    module.__class__ = type(f"Balanced{family.__name__}", (*mixins, family), {"__module__": __name__})
 
 
-def _same_routing(gate: Any, bias_name: str, spec: RouterSpec) -> bool:
-    """Whether our routing gives the gate's logits, weights and ids bit for bit, tried on random weights and biases."""
-    generator = torch.Generator().manual_seed(0)
-    weight = gate.weight
-    num_experts, width = weight.shape
-    bias = getattr(gate, bias_name)
-    probe = torch.randn(64, width, generator=generator).to(weight.device)
-    random = {
-        "weight": torch.randn(num_experts, width, generator=generator).to(weight) / width**0.5,
-        bias_name: (torch.randn(bias.shape, generator=generator) - 0.5).to(bias.device),
-    }
-    with torch.no_grad():
-        try:
-            theirs = functional_call(gate, random, (probe,))
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            return False  # a gate called in another way keeps its own routing
-        logits_TE = nn.functional.linear(probe, random["weight"].float())
-        scores_TE = gate_scores(logits_TE, spec)
-        ids_TK = choose_experts(scores_TE, random[bias_name], spec)
-        ours = logits_TE, combine_weights(scores_TE, ids_TK, spec), ids_TK
-    if not (isinstance(theirs, tuple) and len(theirs) == 3):
-        return False
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs))
+def _hold_bias(holder: Any, bias_name: str, bias: Tensor) -> None:
+    """The holder has the bias as a float32 buffer, which no optimizer will find."""
+    if isinstance(bias, nn.Parameter):
+        delattr(holder, bias_name)
+    if bias_name not in holder._buffers:
+        holder.register_buffer(bias_name, bias.detach())
+    held = getattr(holder, bias_name)
+    held.data = held.data.float()
+    holder.held_bias = bias_name
 
 
-def find_spec(gate: Any, bias_name: str) -> RouterSpec | None:
-    """The spec by which our routing equals the gate's own bit for bit, or None if there is none."""
-    top_k = getattr(gate, "top_k", None)
-    if top_k is None or not isinstance(getattr(gate, "weight", None), Tensor) or gate.weight.device.type == "meta":
-        return None
-    num_groups = getattr(gate, "num_group", None) or getattr(gate, "n_group", None) or 1
-    group_limit = getattr(gate, "topk_group", None) or 1
-    scaling = getattr(gate, "routed_scaling_factor", None) or 1.0
-    for score in ("sigmoid", "softmax"):
-        for normalize in (True, False):
-            spec = RouterSpec(top_k, score, num_groups, group_limit, normalize, scaling)
-            if _same_routing(gate, bias_name, spec):
-                return spec
-    return None
+def balance_gate(
+    gate: nn.Module, bias_name: str, batch: Batch, aux: AuxLosses, holder: nn.Module | None = None
+) -> BalancedGate:
+    """The gate itself, now a BalancedGate: in place, idempotent. Its bias is a float32 buffer from here on.
 
-
-def balance_gate(gate: nn.Module, bias_name: str, batch: Batch, aux: AuxLosses) -> BalancedGate:
-    """The gate itself, now a BalancedGate: in place, idempotent. Its bias is float32 from here on.
-
-    Raises ValueError if an auxiliary loss is asked for and the gate's scores are not known.
+    holder: the module with the bias, the gate unless given. A gate without a bias gets one of 0, which leaves its
+    outputs as they are. Raises ValueError, and changes nothing, if that or an auxiliary loss is asked for and the rule
+    of the gate is none of ours.
     """
     if not isinstance(gate, BalancedGate):
-        spec = find_spec(gate, bias_name)
-        name = type(gate).__name__
-        gate.__class__ = type(f"Balanced{name}", (BalancedGate, type(gate)), {"__module__": __name__})
+        spec, fast = find_rule(gate, bias_name, holder or gate)
+        _check_aux(gate, aux, spec)
+        _make_balanced(gate, bias_name, holder or gate, spec, fast)
         assert isinstance(gate, BalancedGate)
-        gate.spec, gate.bias_name = spec, bias_name
-        gate.pending_load_E = gate.measured_load_E = None
-        gate.bias_E.data = gate.bias_E.data.float()
-    if aux.on and gate.spec is None:
-        raise ValueError(f"auxiliary losses need the scores of the gate, which {type(gate).__name__} does not show")
+    _check_aux(gate, aux, gate.spec)
     gate.batch, gate.aux = batch, aux
     return gate
+
+
+def _make_balanced(gate: Any, bias_name: str, holder: nn.Module, spec: RouterSpec | None, fast: bool) -> None:
+    bias, added = getattr(holder, bias_name, None), False
+    if bias is None and spec is None:
+        raise ValueError(
+            f"{type(gate).__name__} has no selection bias and cannot get one: its choice and weights are not, bit for "
+            "bit, those of the top k of a sigmoid or softmax of its logits"
+        )
+    weight_name = score_matrix(gate, num_choices(gate, bias))
+    if bias is None:
+        bias, added = torch.zeros(num_choices(gate, None), device=next(gate.parameters()).device), True
+    _hold_bias(holder, bias_name, bias)
+    _mix(gate, BalancedGate, *([BiasHolder] if holder is gate else []))
+    if holder is not gate:
+        _mix(holder, BiasHolder)
+    gate.__dict__["_holder"] = holder  # not a submodule: it may be the gate's parent
+    gate.spec, gate.fast, gate.bias_name, gate.bias_added = spec, fast, bias_name, added
+    gate.weight_name = weight_name or ""
+    gate.pending_load_E = gate.measured_load_E = None
+
+
+def _check_aux(gate: nn.Module, aux: AuxLosses, spec: RouterSpec | None) -> None:
+    if aux.on and spec is None:
+        raise ValueError(f"auxiliary losses need the scores of the gate, which {type(gate).__name__} does not show")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def build_model(config: Config) -> nn.Module:
     if config.train.activation_checkpointing != "none":
         reentrant = config.train.activation_checkpointing == "reentrant"
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    return model
+    return model.train()  # one that was read comes in evaluation mode, in which no gate counts
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

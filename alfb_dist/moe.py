@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alfb_dist.dispatch import combine, dispatch
 from alfb_dist.experts import expert_mlp
+from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
 from alfb_dist.topology import Grid, grid_ranks
 
 
@@ -24,32 +25,54 @@ class ShardedExperts(AutoEPMoELayer):
 
     def __init__(self, experts: Any, grid: Grid | None) -> None:
         nn.Module.__init__(self)
-        self.num_experts: int = experts.gate_up_proj.shape[0]
+        self.num_experts: int = count_experts(experts)
         self.grid = grid
         self.ep_size = 1 if grid is None else grid.ep_degree
         self.ep_rank = 0 if grid is None else grid.ep_rank
         self.num_local_experts: int = self.num_experts // self.ep_size
         self.ep_group_name = f"ep_size_{self.ep_size}"
-        self.act_fn: Any = experts.act_fn
-        self.gate_up_proj = self._shard(experts.gate_up_proj)
-        self.down_proj = self._shard(experts.down_proj)
+        swiglu = is_swiglu(experts)
+        for name, child in experts.named_children():
+            self.add_module(name, child)
+        if swiglu:
+            self.act_fn: Any = activation(experts)
+        full = expert_rows(experts)
+        self.unread_rows = {name: p.shape[0] - self.num_experts for name, p in full.items()}
+        """Rows at the end of a family's parameter that belong to no expert with weights, and are not kept here."""
+        for name, p in full.items():
+            self.register_parameter(name, self._shard(p))
+        part = None if swiglu else part_of(experts, self, self.num_local_experts)
+        object.__setattr__(self, "part", part)  # not a submodule: it reads this module's parameters
 
     def _shard(self, full: nn.Parameter) -> nn.Parameter:
         first = self.ep_rank * self.num_local_experts
         local = full.detach()[first : first + self.num_local_experts]
-        shard = nn.Parameter(local.clone() if self.ep_size > 1 else local, requires_grad=full.requires_grad)
+        whole = local.shape == full.shape
+        shard = nn.Parameter(local if whole else local.clone(), requires_grad=full.requires_grad)
         shard.allreduce = False  # type: ignore[attr-defined]
         shard.group_name = self.ep_group_name  # type: ignore[attr-defined]
         return shard
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, wherever they live: (T, D); collective over the EP group."""
+        """The weighted sum of each token's experts, wherever they live: (T, D); collective over the EP group.
+
+        An id beyond the experts with weights is one that gives the token back (LongCat); it stays on this rank.
+        """
         group = None if self.grid is None else self.grid.ep_group
+        identity_TK = top_k_index >= self.num_experts if any(self.unread_rows.values()) else None
+        if identity_TK is not None:
+            top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
         rows_RD, ids_RK, weights_RK, route = dispatch(
             hidden_states, top_k_index, top_k_weights, self.num_local_experts, group
         )
-        out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
-        return combine(out_RD, route)
+        if self.part is None:
+            out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+        else:
+            out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
+        out_TD = combine(out_RD, route)
+        if identity_TK is not None:
+            out_TD = out_TD + hidden_states * (top_k_weights * identity_TK).sum(-1, keepdim=True).to(out_TD.dtype)
+        return out_TD
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None

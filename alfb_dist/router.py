@@ -25,6 +25,8 @@ class RouterSpec:
     """A token's experts come from this many of `num_groups` groups (DeepSeek-V3: 4 of 8)."""
     normalize: bool = True
     scaling: float = 1.0
+    descending: bool = False
+    """Whether a token's experts come in the order of their biased scores; otherwise in any order."""
 
 
 def gate_scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -33,7 +35,7 @@ def gate_scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> Tensor:
-    """The top-k experts of score + bias, in no particular order: (T, K) int64.
+    """The top-k experts of score + bias: (T, K) int64.
 
     With a group limit, only the groups with the largest sums of their two best biased scores take part; the others are
     masked with -inf, since 0 would beat negative biased scores. Source: arXiv:2412.19437, section 2.1.2.
@@ -45,7 +47,7 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -
         chosen_TG = group_score_TG.topk(spec.group_limit, dim=-1, sorted=False)[1]
         masked_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(-1, chosen_TG, False)
         biased_TE = biased_TGe.masked_fill(masked_TG.unsqueeze(-1), float("-inf")).flatten(-2)
-    return biased_TE.topk(spec.top_k, dim=-1, sorted=False)[1]
+    return biased_TE.topk(spec.top_k, dim=-1, sorted=spec.descending)[1]
 
 
 def combine_weights(scores_TE: Tensor, expert_ids_TK: Tensor, spec: RouterSpec) -> Tensor:

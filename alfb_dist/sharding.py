@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.collectives import size, world_group
-from alfb_dist.families import MoEBlock, is_fused, moe_blocks
+from alfb_dist.experts.family import is_swiglu, why_whole
+from alfb_dist.families import MoEBlock, moe_blocks
 from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate
 from alfb_dist.moe import ShardedExperts, sharded_experts
 from alfb_dist.topology import make_grid
@@ -27,14 +28,23 @@ def _check(model: nn.Module, blocks: list[MoEBlock], ep_degree: int) -> None:
         raise ValueError(f"ep_degree must be an integer >= 1, got {ep_degree!r}")
     if size(world_group()) % ep_degree:
         raise ValueError(f"the world size ({size(world_group())}) must be divisible by ep_degree ({ep_degree})")
+    seen: set[Any] = set()
     for block in blocks:
+        _check_experts(block, seen)
         if block.num_experts % ep_degree:
             raise ValueError(
                 f"num_experts ({block.num_experts}) of {block.name} must be divisible by ep_degree ({ep_degree})"
             )
-        if not is_fused(block.module.experts):
-            kind = type(block.module.experts).__name__
-            raise ValueError(f"{block.name}.experts ({kind}) are not fused SwiGLU experts (gate_up_proj, down_proj)")
+
+
+def _check_experts(block: MoEBlock, seen: set[Any]) -> None:
+    """ValueError if the block's experts cannot be sharded; each kind is tried once."""
+    experts = block.module.experts
+    kind = type(experts), tuple(p.shape for p in experts.parameters())
+    reason = None if kind in seen or is_swiglu(experts) else why_whole(experts)
+    seen.add(kind)
+    if reason is not None:
+        raise ValueError(f"{block.name}.experts ({type(experts).__name__}) {reason}")
 
 
 def _first_gate(model: nn.Module) -> BalancedGate:
@@ -42,12 +52,21 @@ def _first_gate(model: nn.Module) -> BalancedGate:
     return next(m for m in model.modules() if isinstance(m, BalancedGate))
 
 
-def _note_batch(model: nn.Module) -> None:
-    """Before each forward of the model, the batch's shape and padding are known to its gates.
+def _around_gates(model: nn.Module, *names: str) -> list[nn.Module]:
+    """The modules that hold all the model's gates and whose forward takes arguments of these names, outermost first."""
+    gates = {m for m in model.modules() if isinstance(m, BalancedGate)}
+    around = [m for m in model.modules() if gates <= set(m.modules())]
+    return [m for m in around if set(names) <= set(inspect.signature(m.forward).parameters)]
 
+
+def _note_batch(model: nn.Module) -> None:
+    """Before each forward, the batch's shape and padding are known to the gates, whichever way the model is called.
+
+    They are noted where the token ids and the mask come last together: wrappers and heads around that do not matter.
     An evaluation leaves those of the last training forward: a backward still to come may recompute with them.
     """
-    signature = inspect.signature(model.forward)
+    innermost = ([model, *_around_gates(model, "input_ids", "attention_mask")])[-1]
+    signature = inspect.signature(innermost.forward)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate, given = _first_gate(module), signature.bind_partial(*args, **kwargs).arguments
@@ -60,7 +79,7 @@ def _note_batch(model: nn.Module) -> None:
         batch.loss_scale.gradient = None
         batch.mask_BS = padding_mask(given.get("attention_mask"))
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
+    innermost.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def padding_mask(attention_mask: Any) -> Tensor | None:
@@ -76,7 +95,7 @@ def padding_mask(attention_mask: Any) -> Tensor | None:
 
 
 def _tap_loss(model: nn.Module) -> None:
-    """The loss that the model returns tells its scale to the auxiliary losses as its backward starts."""
+    """The loss that a model with labels returns tells its scale to the auxiliary losses as its backward starts."""
 
     def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         loss = getattr(output, "loss", None)
@@ -84,7 +103,8 @@ def _tap_loss(model: nn.Module) -> None:
             output.loss = _first_gate(module).batch.loss_scale.of(loss)
         return output
 
-    model.register_forward_hook(after)
+    for module in _around_gates(model, "labels"):
+        module.register_forward_hook(after)
 
 
 def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
@@ -95,7 +115,7 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
             raise ValueError("auxiliary losses come with parallelize, which must be called before a Balancer is made")
         return gates
     batch, aux = Batch(), aux or AuxLosses()
-    gates = [balance_gate(b.gate, b.bias_name, batch, aux) for b in moe_blocks(model)]
+    gates = [balance_gate(b.gate, b.bias_name, batch, aux, b.holder) for b in moe_blocks(model)]
     if gates:
         _note_batch(model)
     if gates and aux.on:

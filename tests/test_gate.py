@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, DeepseekV3TopkRouter
 
 from alfb_dist.balancer import Balancer
-from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate, find_spec, measure_loads
+from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate, measure_loads
 from alfb_dist.router import RouterSpec
 from alfb_dist.sharding import padding_mask, parallelize, watch
+from alfb_dist.trial import find_spec
 
 TOP_K = 4
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
@@ -471,3 +472,51 @@ def test_bfloat16_model_trains_and_counts_as_transformers_routes() -> None:
     assert torch.equal(pending(model), expected_load(plain, batch))
     for ours, theirs in zip(gate_outputs(model, batch), gate_outputs(plain, batch)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+class Wrapped(nn.Module):
+    """A user's module around the model, with a forward of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.inner(**batch).loss
+
+
+def test_padding_is_left_out_whichever_way_the_model_is_called() -> None:
+    batch = tiny_batch(0, 4, 10, padding=[0, 2, 5, 3])
+    unpadded = {k: v for k, v in batch.items() if k != "attention_mask"}
+    model = parallelize(tiny_model(), ep_degree=1)
+    model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.sum().backward()
+    assert taken(model) == [30 * TOP_K] * 2
+    model(**batch).loss.backward()
+    assert taken(model) == [30 * TOP_K] * 2
+    model.model(input_ids=unpadded["input_ids"]).last_hidden_state.sum().backward()  # no mask is left from before
+    assert taken(model) == [40 * TOP_K] * 2
+    wrapped = parallelize(Wrapped(tiny_model()), ep_degree=1, sequence_loss_alpha=0.1)
+    wrapped(batch).backward()
+    assert taken(wrapped) == [30 * TOP_K] * 2
+
+
+def taken(model: nn.Module) -> list[int]:
+    """How many slots each layer has counted; they start over."""
+    loads = [gate.pending_load_E for gate in gates(model)]
+    for gate in gates(model):
+        gate.pending_load_E = None
+    return [int(load_E.sum()) for load_E in loads]
+
+
+def test_a_frozen_teachers_bias_stays_and_the_students_moves() -> None:
+    teacher, student = parallelize(tiny_model(1), ep_degree=1), parallelize(tiny_model(2), ep_degree=1)
+    teacher.requires_grad_(False)
+    balancer, before = Balancer(student, rate=0.01), biases(teacher)
+    batch = tiny_batch(0, 2, 8)
+    for _ in range(3):
+        with torch.no_grad():
+            target = teacher(**batch).logits
+        (student(**batch).logits - target).square().mean().backward()
+        balancer.step()
+    assert torch.equal(biases(teacher), before)
+    assert balancer.bias_LE.abs().sum() > 0

@@ -94,7 +94,7 @@ def writers(tensors: Sequence[GlobalTensor], ep_degree: int, world_size: int) ->
 def gate_names(model: nn.Module, balancer: Balancer) -> list[str]:
     """The name of the selection bias of each of the balancer's gates, in its order."""
     names = {id(module): name for name, module in model.named_modules()}
-    return [f"{names[id(gate)]}.{gate.bias_name}" for gate in balancer.gates]
+    return [f"{names[id(gate.bias_holder)]}.{gate.bias_name}" for gate in balancer.gates]
 
 
 def buffers(model: nn.Module, balancer: Balancer) -> dict[str, Tensor]:

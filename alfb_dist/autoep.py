@@ -1,0 +1,95 @@
+"""The seam to DeepSpeed's own expert parallelism: its routers, made to count their load and keep their bias exact.
+
+AutoEP puts a layer of its own in the place of a model's MoE block. Its router adds the model's e_score_correction_bias
+to the scores that choose, and never moves it. The layer stays; its router becomes a gate that a Balancer knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from torch import Tensor, nn
+
+from alfb_dist.collectives import Group
+from alfb_dist.gate import AuxLosses, BalancedGate, Batch
+from alfb_dist.moe import ShardedExperts
+from alfb_dist.sharding import _note_batch
+
+BIAS_NAME = "e_score_correction_bias"
+
+
+class BalancedRouter(BalancedGate):
+    """What is mixed into the class of an AutoEP router. Not used on its own."""
+
+    @property
+    def bias_E(self) -> Tensor:
+        """The selection bias, float32."""
+        return getattr(self, BIAS_NAME)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """AutoEP's (weights, expert ids, tokens per expert), counted if this forward trains."""
+        weights_TK, ids_TK, num_tokens_E = super(BalancedGate, self).forward(hidden_states, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            weights_TK = self._observe(weights_TK, weights_TK, ids_TK)
+        elif self.measured_load_E is not None:
+            mask_T = self.batch.mask_T(ids_TK.shape[0], evaluated=True)
+            self.measured_load_E = self.measured_load_E + self._load(ids_TK, mask_T)
+        return weights_TK, ids_TK, num_tokens_E
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts everything as asked, except that the bias stays float32 with all its bits."""
+        exact_E = self.bias_E.detach().clone()
+        super()._apply(fn, recurse)
+        if self.bias_E.dtype != torch.float32:
+            self.bias_E.data = exact_E.to(self.bias_E.device)
+        return self
+
+
+def _check(name: str, layer: AutoEPMoELayer, group: Group) -> None:
+    """Nothing, or ValueError if no bias that AutoEP's router would use can be moved here."""
+    bias, num_experts = getattr(layer.router, BIAS_NAME), layer.num_experts
+    if hasattr(bias, "ds_id") or bias.requires_grad:
+        raise ValueError(f"{name}.router.{BIAS_NAME} is a parameter of DeepSpeed's optimizer; make it a buffer")
+    if tuple(bias.shape) != (num_experts,):
+        raise ValueError(
+            f"{name}.router.{BIAS_NAME} has shape {tuple(bias.shape)}, AutoEP's router uses ({num_experts},)"
+        )
+    handles = layer.folding_group_handles
+    if group is None and handles is not None and handles.spec.tp_size > 1:
+        raise ValueError(
+            f"the {handles.spec.tp_size} ranks of a tensor-parallel group hold the same tokens, which would count as "
+            "many times: give group, the ranks that hold distinct tokens"
+        )
+
+
+def watch_autoep(model: nn.Module, group: Group = None) -> list[BalancedGate]:
+    """The routers of the model's AutoEP layers count their loads from now on, in the model's order; [] if it has none.
+
+    In place, idempotent; layers without a selection bias are passed over. Raises ValueError if no layer has one, or if
+    one cannot be moved. group: what the Balancer was given.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, AutoEPMoELayer)]
+    layers = [(name, layer) for name, layer in layers if not isinstance(layer, ShardedExperts)]
+    biased = [(name, layer) for name, layer in layers if isinstance(getattr(layer.router, BIAS_NAME, None), Tensor)]
+    if layers and not biased:
+        raise ValueError(
+            f"DeepSpeed's AutoEP routes {type(model).__name__} without a selection bias: the family has none, or one "
+            f"by another name than {BIAS_NAME}, which AutoEP drops. alfb_dist.initialize shards and balances the model"
+        )
+    for name, layer in biased:
+        _check(name, layer, group)
+    fresh, batch = [layer.router for _, layer in biased if not isinstance(layer.router, BalancedRouter)], Batch()
+    for router in fresh:
+        router.__class__ = type(
+            "BalancedAutoEPRouter", (BalancedRouter, TokenChoiceTopKRouter), {"__module__": __name__}
+        )
+        router.bias_name, router.batch, router.aux, router.spec = BIAS_NAME, batch, AuxLosses(), None
+        router.pending_load_E = router.measured_load_E = None
+        router.bias_E.data = router.bias_E.data.float()
+    if fresh:
+        _note_batch(model)
+    return [layer.router for _, layer in biased]

@@ -1,0 +1,28 @@
+"""Models in transformers' form: read by ranks that hold a part each, and written again.
+
+A folder has config.json and safetensors files. Nothing is fetched from a network, and nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "from_pretrained": "loading",
+    "save_pretrained": "saving",
+    "to_hf": "conversion",
+}
+__all__ = ["from_pretrained", "save_pretrained", "to_hf"]
+
+if TYPE_CHECKING:
+    from alfb_dist.pretrained.conversion import to_hf
+    from alfb_dist.pretrained.loading import from_pretrained
+    from alfb_dist.pretrained.saving import save_pretrained
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported on first use."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"alfb_dist.pretrained.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'alfb_dist.pretrained' has no attribute {name!r}")

@@ -1,0 +1,104 @@
+"""The small files of a transformers folder: what model it is, and what belongs to a model beside its weights."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alfb_dist.pretrained.fp8 import FLOAT8, block_size
+from alfb_dist.pretrained.source import Source
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SIDECAR = "alfb_bias.safetensors"
+"""Selection biases, float32 by the model's names, of a family whose own files have no place for them."""
+
+_CARRIED = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tiktoken.model",
+    "tokenization_*.py",
+    "tokenizer.*",
+    "tokenizer_config.json",
+    "vocab.*",
+    "LICENSE*",
+)
+
+
+def read_config(folder: Path) -> tuple[Any, tuple[int, int]]:
+    """A folder's configuration, without its quantisation, and the block size of that. ValueError if there is none.
+
+    Code that the folder may bring along is not run.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; models are read from local folders, nothing is fetched")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    block = block_size(getattr(config, "quantization_config", None))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config, block
+
+
+def choose_dtype(dtype: torch.dtype | str | None, config: Any, source: Source) -> torch.dtype:
+    """The type asked for, or that of the configuration, or that of the files' first float tensor."""
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"dtype ({dtype!r}) must be a float type of torch, such as 'bfloat16'")
+        return found
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    floats = (s.dtype for s in source.tensors.values() if s.dtype.is_floating_point)
+    first = next(floats, torch.float32)
+    return torch.bfloat16 if first == FLOAT8 else first
+
+
+def meta_model(config: Any, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> Any:
+    """A causal language model of this configuration with shapes but without memory."""
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """The model generates as its folder says, if it does."""
+    from transformers import GenerationConfig
+
+    if (folder / GENERATION).is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def write_small_files(folder: Path, model: Any, dtype: torch.dtype, origin: Path | None) -> None:
+    """The folder has the model's configuration and generation settings, and of its origin the tokenizer's files."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    for name in (
+        "quantization_config",
+        "auto_map",
+    ):  # neither is true of what is written: the class is transformers' own
+        if hasattr(config, name):
+            delattr(config, name)
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if origin is not None and origin.is_dir():
+        for pattern in _CARRIED:
+            for path in sorted(origin.glob(pattern)):
+                if path.is_file() and not (folder / path.name).exists():
+                    shutil.copyfile(path, folder / path.name)
+        if (origin / "additional_chat_templates").is_dir():
+            shutil.copytree(origin / "additional_chat_templates", folder / "additional_chat_templates")

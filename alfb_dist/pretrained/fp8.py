@@ -1,0 +1,48 @@
+"""Weights in 8-bit floats with one scale a block, as DeepSeek publishes them, turned back into numbers.
+
+Beside a float8_e4m3fn `X.weight` stands `X.weight_scale_inv`, one float32 a block of 128 x 128 (source:
+arXiv:2412.19437, section 3.3; the name is that of the published files). The weight is their product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUFFIX = "_scale_inv"
+FLOAT8 = torch.float8_e4m3fn
+
+
+def block_size(quantization: Mapping[str, Any] | None) -> tuple[int, int]:
+    """(rows, columns) of a block by a config's `quantization_config`. ValueError if it is no block-wise fp8."""
+    if quantization is None:
+        return 128, 128
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size", [128, 128])
+    if method != "fp8" or not block:
+        raise ValueError(
+            f"quantization_config: quant_method {method!r} with weight_block_size {block!r} is not supported; "
+            "float weights and fp8 with a block size are"
+        )
+    return int(block[0]), int(block[1])
+
+
+def scales_of(names: Iterable[str]) -> dict[str, str]:
+    """The names of scales by the names of the weights that they belong to."""
+    names = set(names)
+    found = {name.removesuffix(SUFFIX): name for name in names if name.endswith(SUFFIX)}
+    return {weight: scale for weight, scale in found.items() if weight in names}
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the scales of a weight: the last two dimensions in blocks, the last ones cut where they end."""
+    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+
+
+def dequantized(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """The weight times its blocks' scales: float32. The first row must be the first of a block."""
+    rows, columns = weight.shape[-2:]
+    wide = scale.float().repeat_interleave(block[0], -2)[..., :rows, :]
+    return weight.float() * wide.repeat_interleave(block[1], -1)[..., :columns]

@@ -1,0 +1,162 @@
+"""Reading a model so that each rank reads, and ever holds, its own experts only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import build_glob_alternation
+
+from alfb_dist.agreement import agreed
+from alfb_dist.collectives import Group, group_rank, world_group
+from alfb_dist.families import moe_blocks
+from alfb_dist.moe import sharded_experts
+from alfb_dist.pretrained.folder import SIDECAR, choose_dtype, meta_model, read_config, read_generation_config
+from alfb_dist.pretrained.names import is_bias
+from alfb_dist.pretrained.source import Source, open_folder
+from alfb_dist.pretrained.weights import Weights
+from alfb_dist.sharding import parallelize
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    ep_degree: int,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> Any:
+    """The transformers model of a folder, parallelised, on CPU, in evaluation mode; collective.
+
+    A rank reads its own experts and what all ranks hold, and never has more memory than for that and one more tensor.
+    path: a local folder with config.json and safetensors files, experts fused or under their own names; weights in
+        block-wise fp8 are dequantised. Nothing is fetched, no code of the folder is run, pickled weights are refused.
+    dtype: of the weights; the configuration's, or else the files', unless given. Selection biases are float32 anyway.
+    attn_implementation: as in transformers. options: more for `parallelize`.
+    Warns if biases were rounded to 16 bits in the folder. Raises ValueError on every rank alike: before a tensor is
+    read, naming those that are missing, unknown or mis-shaped; and where `parallelize` does.
+    """
+    folder, group = Path(path), world_group()
+    model, weights, dtype = agreed(lambda: _open(folder, dtype, attn_implementation), group, ValueError)
+    agreed(lambda: _read_common(model, weights, dtype), group, ValueError)
+    parallelize(model, ep_degree=ep_degree, **options)
+    agreed(lambda: _read_experts(model, weights), group, ValueError)
+    if (folder / SIDECAR).is_file():
+        agreed(lambda: _read_sidecar(model, folder / SIDECAR), group, ValueError)
+    _warn_of_rounding(model, weights, group)
+    read_generation_config(model, folder)
+    return model.eval()
+
+
+def _open(folder: Path, dtype: Any, attn_implementation: str | None) -> tuple[Any, Weights, torch.dtype]:
+    """The model without memory and what it will be filled from; everything is checked that headers can tell."""
+    source = open_folder(folder)
+    config, block = read_config(folder)
+    dtype = choose_dtype(dtype, config, source)
+    model = meta_model(config, dtype, attn_implementation)
+    weights = Weights(source, model, block)
+    if unequal := weights.unequal_tied(model.all_tied_weights_keys):
+        raise ValueError(
+            f"{unequal[0]} is tied by the configuration, but has values of its own in {folder}: "
+            "set tie_word_embeddings to false in its config.json"
+        )
+    return model, weights, dtype
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """The model has this tensor as its parameter or buffer; a parameter keeps its marks."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = module._parameters.get(leaf)
+    if old is None:
+        module._buffers[leaf] = tensor
+        return
+    new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    module._parameters[leaf] = new
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _float32_names(model: Any, dtype: torch.dtype) -> Any:
+    """Whether a tensor of a name is float32 whatever the type of the model: biases, and what the family says."""
+    plan = model._get_dtype_plan(dtype)
+    family = build_glob_alternation(list(plan))[0] if plan else None
+    return lambda name: is_bias(name) or (family is not None and family.search(name) is not None)
+
+
+@torch.no_grad()
+def _read_common(model: Any, weights: Weights, dtype: torch.dtype) -> None:
+    """All of the model but its experts is in memory, as the folder has it or transformers initialises it."""
+    experts = tuple(f"{block.name}.experts." for block in moe_blocks(model))
+    float32 = _float32_names(model, dtype)
+    read = []
+    for name, meta in list(_tensors(model)):
+        if name in weights.origins:
+            meta._is_hf_initialized = True  # type: ignore[attr-defined]  # so transformers leaves it alone
+        if name.startswith(experts):
+            continue
+        kept = torch.float32 if meta.is_floating_point() and float32(name) else meta.dtype
+        _put(model, name, torch.empty(meta.shape, dtype=kept))
+        placed = model.get_parameter_or_buffer(name)
+        placed._is_hf_initialized = name in weights.origins
+        if name in weights.origins:
+            read.append((name, placed))
+    model.initialize_weights()  # of what no file has: buffers that are computed
+    model.tie_weights()
+    for name, placed in read:
+        weights.fill(placed.detach(), name)
+
+
+@torch.no_grad()
+def _read_experts(model: Any, weights: Weights) -> None:
+    """What was still without memory has it: this rank's part of experts that are sharded, the whole of others."""
+    first = {}
+    for name, module in sharded_experts(model):
+        for parameter, _ in module.named_parameters():
+            first[f"{name}.{parameter}"] = module.ep_rank * module.num_local_experts
+    for name, meta in list(_tensors(model)):
+        if meta.is_meta:
+            local = torch.empty(meta.shape, dtype=meta.dtype)
+            weights.fill(local, name, first.get(name, 0))
+            _put(model, name, local)
+
+
+def _read_sidecar(model: Any, path: Path) -> None:
+    source = Source([path])
+    biases = {name: x for name, x in model.state_dict(keep_vars=True).items() if is_bias(name)}
+    if unknown := sorted(source.tensors.keys() - biases.keys()):
+        raise ValueError(f"{path} has {unknown[0]}, which is no selection bias of {type(model).__name__}")
+    for name, stored in source.tensors.items():
+        if stored.shape != tuple(biases[name].shape):
+            raise ValueError(f"{name} is {stored.shape} in {path} and {tuple(biases[name].shape)} in the model")
+        biases[name].data.copy_(source.read(name))
+
+
+def rounded(bias: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a bias, stored in this type, shows that it was rounded to 16 bits at some time."""
+    values = bias.detach().float().flatten()
+    if not bool(values.any()):
+        return False
+    if dtype in (torch.bfloat16, torch.float16):
+        return True
+    return len(values.unique()) > 2 and torch.equal(values, values.bfloat16().float())
+
+
+def _warn_of_rounding(model: Any, weights: Weights, group: Group) -> None:
+    names = [n for n in weights.origins if is_bias(n)]
+    found = [n for n in names if rounded(model.get_parameter_or_buffer(n), weights.dtype(n))]
+    if found and group_rank(group) == 0:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"selection biases were rounded to 16 bits before they were saved ({found[0]}{more}): experts whose biases "
+            "differed are equal now, and loads will differ from the original model's until the biases have moved",
+            stacklevel=3,
+        )

@@ -1,0 +1,180 @@
+"""Writing a model from the ranks that hold it, as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist.agreement import agreed
+from alfb_dist.checkpoint import files, optimizer
+from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from alfb_dist.collectives import Group, barrier, group_rank, size, world_group
+from alfb_dist.moe import sharded_experts
+from alfb_dist.pretrained.folder import SIDECAR, write_small_files
+from alfb_dist.pretrained.gathering import Gatherer, Part, batches
+from alfb_dist.pretrained.names import is_bias, plan_outputs
+from alfb_dist.pretrained.writing import (
+    MAX_SHARD_BYTES,
+    Shard,
+    ShardFile,
+    cut,
+    publish_folder,
+    start_folder,
+    write_index,
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written: the files, what this rank holds of their tensors, and biases that go beside them."""
+
+    model: Any
+    shards: list[Shard]
+    parts: dict[str, Part]
+    homeless: dict[str, Tensor]
+    dtype: torch.dtype
+
+
+def save_pretrained(
+    model_or_engine: Any,
+    path: str | Path,
+    *,
+    layout: str = "auto",
+    masters: bool = False,
+    bias_sidecar: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """The model is in a folder that `AutoModelForCausalLM.from_pretrained` loads; collective.
+
+    The files are the same to the byte at any expert-parallel degree. Experts travel one by one to the rank that writes
+    a file; no rank ever has the whole model. Written aside and renamed, on a disk that all ranks share. The tokenizer
+    and the generation settings of the folder that the model was loaded from come along. Selection biases are float32.
+    model_or_engine: a transformers model, parallelised or not, or the DeepSpeed engine around it, between steps.
+    layout: of the experts: "per_expert" as on the hub, "fused" as in the model, "auto" as transformers would write it.
+    masters: of an engine, the optimizer's float32 weights in place of the model's rounded ones.
+    bias_sidecar: selection biases for which the family has no place are written to a file of their own, which
+        `from_pretrained` here reads and transformers does not; without it they are refused unless they are 0.
+    overwrite: whether a model that is in the folder already may be replaced.
+    Raises ValueError, on every rank alike, for what cannot be saved, OSError naming the path if the disk fails.
+    """
+    path, group = Path(path), world_group()
+    first = group_rank(group) == 0
+    plan = agreed(lambda: _plan(model_or_engine, layout, masters, bias_sidecar, max_shard_bytes), group, ValueError)
+    agreed(lambda: start_folder(path, overwrite=overwrite) if first else None, group, ValueError)
+    tmp = path.with_name(f"{path.name}.tmp")
+    try:
+        failure = _write(plan, tmp, group)
+        agreed(lambda: _raise(failure), group, OSError)
+        agreed(lambda: _finish(plan, path, tmp) if first else None, group, OSError)
+    except OSError:
+        if first:
+            files.remove(tmp)
+        barrier(group)  # where an error is seen, what was written is gone
+        raise
+
+
+def _plan(model_or_engine: Any, layout: str, masters: bool, bias_sidecar: bool, max_shard_bytes: int) -> _Plan:
+    from transformers import PreTrainedModel
+
+    is_engine = hasattr(model_or_engine, "was_step_applied")
+    model = model_or_engine.module if is_engine else model_or_engine
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model; merge adapters into the model before saving"
+        )
+    if masters and not is_engine:
+        raise ValueError("masters are the optimizer's weights: give the DeepSpeed engine")
+    with torch.device("meta"):
+        template = type(model)(copy.deepcopy(model.config))
+    tensors = model.state_dict(keep_vars=True)
+    homeless = _homeless(model, tensors, set(template.state_dict()), bias_sidecar)
+    expert_names = {f"{name}.{p}" for name, m in sharded_experts(model) for p, _ in m.named_parameters()}
+    outputs = plan_outputs(template, expert_names, layout)
+    parts = {name: Part(x.detach().contiguous().view(-1)) for name, x in tensors.items()}
+    if masters:
+        parts |= {n: Part(_wide(h.part(h.holder)), h.start) for n, h in optimizer.held(model_or_engine).items()}
+    dtypes = {name: part.flat.dtype for name, part in parts.items()}
+    if absent := sorted({piece.parameter for x in outputs for piece in x.pieces} - parts.keys()):
+        raise ValueError(f"{type(model).__name__} has no {absent[0]}, which its configuration says it has")
+    weight = next((p for n, p in model.named_parameters() if not is_bias(n)), None)
+    dtype = torch.float32 if masters or weight is None else weight.dtype
+    return _Plan(model, cut(outputs, dtypes, max_shard_bytes), parts, homeless, dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
+def _homeless(model: Any, tensors: dict[str, Tensor], places: set[str], bias_sidecar: bool) -> dict[str, Tensor]:
+    """The biases that the family's own model does not have; ValueError if there are others that it does not have."""
+    known = {id(x) for name, x in tensors.items() if name in places}
+    extra = {name: x for name, x in tensors.items() if name not in places and id(x) not in known}
+    family = type(model).__name__
+    if unknown := sorted(name for name in extra if not is_bias(name)):
+        raise ValueError(f"{family} as transformers knows it has no {unknown[0]}")
+    moved = {name: x.detach().float().cpu().contiguous() for name, x in extra.items() if bool(x.any())}
+    if moved and not bias_sidecar:
+        raise ValueError(
+            f"{family} has no place for a selection bias ({next(iter(moved))}), without which transformers routes "
+            f"otherwise than in training; bias_sidecar=True writes it to {SIDECAR}, which only alfb_dist reads"
+        )
+    return moved
+
+
+def _write(plan: _Plan, folder: Path, group: Group) -> Exception | None:
+    """This rank's files are written, or why not; it goes on taking part then, since others wait for it. Collective."""
+    world, rank = size(group), group_rank(group)
+    device = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
+    gatherer = Gatherer(plan.model, plan.parts, group, device)
+    widths = {name: part.flat.element_size() for name, part in plan.parts.items()}
+    waiting: list[list[tuple[Any, int]]] = [[] for _ in range(world)]
+    for i, shard in enumerate(plan.shards):
+        waiting[i % world] += [(p, (p.stop - p.start) * widths[p.parameter]) for p in shard.pieces]
+    mine = iter(plan.shards[rank::world])
+    file: ShardFile | None = None
+    failure: Exception | None = None
+    for batch in batches(waiting):
+        for data in gatherer.gather(batch):
+            if failure is not None:
+                continue
+            try:
+                file = file or ShardFile(folder, next(mine))
+                if file.put(data):
+                    file = None
+            except Exception as e:
+                failure = e
+    if file is not None:
+        file.close()
+    return failure
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _finish(plan: _Plan, path: Path, tmp: Path) -> None:
+    """The folder is whole and has its name."""
+    missing = [shard.name for shard in plan.shards if not (tmp / shard.name).is_file()]
+    if missing:
+        raise OSError(f"{tmp / missing[0]} was not written here: the folder must be on a disk that all ranks share")
+    write_index(tmp, plan.shards)
+    origin = Path(plan.model.name_or_path) if plan.model.name_or_path else None
+    write_small_files(tmp, plan.model, plan.dtype, origin)
+    if plan.homeless:
+        writer = SafetensorsWriter(tmp / SIDECAR, [Entry(n, "F32", tuple(x.shape)) for n, x in plan.homeless.items()])
+        for name, bias in plan.homeless.items():
+            writer.put(name, bias)
+        writer.finish()
+        warnings.warn(
+            f"the selection biases are in {path / SIDECAR}, which transformers does not read: it routes without them",
+            stacklevel=6,
+        )
+    publish_folder(path)

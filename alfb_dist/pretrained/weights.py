@@ -1,0 +1,97 @@
+"""A model's tensors as they lie in a folder, under the model's names: checked, dequantised, read stretch by stretch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist.pretrained.fp8 import FLOAT8, SUFFIX, dequantized, scale_shape, scales_of
+from alfb_dist.pretrained.names import Origin, find_origins
+from alfb_dist.pretrained.source import Source
+
+BLOCK_BYTES = 16 << 20
+"""How much of a tensor is read at once; one row, or one row of blocks, may be more."""
+
+
+class Weights:
+    """The tensors of a model in a folder. Making one reads no tensor.
+
+    ValueError, naming tensors, if some are missing, too many or mis-shaped, or 8-bit weights have no fitting scales.
+    """
+
+    def __init__(self, source: Source, template: Any, block: tuple[int, int] = (128, 128)) -> None:
+        self.source, self._block = source, block
+        self._scales = scales_of(source.tensors)
+        scales = set(self._scales.values())
+        shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in scales}
+        self.origins: dict[str, Origin] = find_origins(template, shapes)
+        for origin in self.origins.values():
+            for name in origin.names():
+                self._check_type(name)
+
+    def _check_type(self, name: str) -> None:
+        stored, scale = self.source.tensors[name], self._scales.get(name)
+        if stored.dtype != FLOAT8:
+            if scale is not None:
+                raise ValueError(f"{name} is {stored.dtype}, yet has scales: {scale}")
+            return
+        if scale is None:
+            raise ValueError(f"{name} is {stored.dtype}, but its scales {name}{SUFFIX} are missing")
+        expected = scale_shape(stored.shape, self._block)
+        if (found := self.source.tensors[scale].shape) != expected:
+            raise ValueError(f"{scale} is {found}; blocks of {self._block} in {stored.shape} need {expected}")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a model's tensor in the folder; of its first part, if it lies there expert by expert."""
+        return self.source.tensors[self.origins[name].names()[0]].dtype
+
+    def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
+        """The destination, contiguous, holds the rows of a model's tensor from `first` on, cast to its own type."""
+        origin = self.origins[name]
+        if origin.whole is not None:
+            self._fill_rows(destination, origin.whole, first)
+            return
+        for expert, parts in zip(destination, origin.experts[first : first + len(destination)]):
+            for part, part_name in zip(expert.chunk(len(parts)), parts):
+                self._fill_rows(part, part_name, 0)
+
+    def _fill_rows(self, destination: Tensor, name: str, first: int) -> None:
+        stored = self.source.tensors[name]
+        rows = destination if destination.dim() else destination.view(1)
+        step = max(1, BLOCK_BYTES // max(1, stored.row_bytes))
+        if stored.dtype == FLOAT8 and len(stored.shape) == 2:
+            step = max(1, step // self._block[0]) * self._block[0]
+        for start in range(0, len(rows), step):
+            stop = min(start + step, len(rows))
+            read = self.source.rows(name, first + start, first + stop)
+            if stored.dtype == FLOAT8:
+                read = dequantized(read, self._scale(name, first + start, first + stop), self._block)
+            rows[start:stop].copy_(read)
+
+    def _scale(self, name: str, start: int, stop: int) -> Tensor:
+        """The scales of these rows of an 8-bit weight."""
+        if len(self.source.tensors[name].shape) == 2:
+            start, stop = start // self._block[0], -(-stop // self._block[0])
+        return self.source.rows(self._scales[name], start, stop)
+
+    def unequal_tied(self, tied: Mapping[str, str]) -> list[str]:
+        """Those of tied tensors (by name of what they are tied to) that are in the folder with other values."""
+        found = []
+        for target, source in tied.items():
+            if target not in self.origins or source not in self.origins:
+                continue
+            names = self.origins[target].whole, self.origins[source].whole
+            if names[0] is not None and names[1] is not None and not self._equal(names[0], names[1]):
+                found.append(target)
+        return found
+
+    def _equal(self, a: str, b: str) -> bool:
+        stored, other = self.source.tensors[a], self.source.tensors[b]
+        if stored.shape != other.shape or stored.dtype != other.dtype:
+            return False
+        num_rows, step = (stored.shape or (1,))[0], max(1, BLOCK_BYTES // max(1, stored.row_bytes))
+        blocks = [(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+        return all(torch.equal(self.source.rows(a, *x), self.source.rows(b, *x)) for x in blocks)

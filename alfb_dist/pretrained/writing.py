@@ -1,0 +1,147 @@
+"""The files of a model: cut by size alone, so that they are the same however the model lay over ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist.checkpoint import files
+from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name, tensor_bytes
+from alfb_dist.pretrained.names import Output, Piece
+from alfb_dist.pretrained.source import INDEX, WEIGHTS
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file and the tensors in it, in the order of its bytes, wide types before narrow ones."""
+
+    name: str
+    outputs: tuple[tuple[Output, Entry], ...]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Everything that is written to it, in order."""
+        return [piece for output, _ in self.outputs for piece in output.pieces]
+
+
+def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+    """The files that the tensors are cut into, none larger than `max_bytes` unless one tensor is.
+
+    dtypes: by the names of the model's tensors, what type they are written in.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_bytes}")
+    groups: list[list[tuple[Output, Entry]]] = []
+    room = 0
+    for output in outputs:
+        entry = Entry(output.name, dtype_name(dtypes[output.pieces[0].parameter]), output.shape)
+        if not groups or entry.bytes > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append((output, entry))
+        room -= entry.bytes
+    count = len(groups)
+    names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    width = {name: dtype.itemsize for name, dtype in dtypes.items()}
+    return [
+        Shard(name, tuple(sorted(group, key=lambda item: -width[item[0].pieces[0].parameter])))
+        for name, group in zip(names, groups)
+    ]
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardFile:
+    """A file that takes its pieces one by one, in order. OSErrors name the path and how far it got."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        entries = [entry for _, entry in shard.outputs]
+        header = _header(entries)
+        self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
+        self._waiting = len(shard.pieces)
+        self._file.write(header)
+        if not self._waiting:
+            self._file.finish()
+
+    def put(self, piece: Tensor) -> bool:
+        """The piece, contiguous on CPU, stands in the file; whether that was the last one and the file is finished."""
+        self._file.write(tensor_bytes(piece))
+        self._waiting -= 1
+        if not self._waiting:
+            self._file.finish()
+        return not self._waiting
+
+    def close(self) -> None:
+        """The file is closed, whole or not."""
+        self._file.close()
+
+
+def write_shards(folder: Path, shards: Sequence[Shard], piece: Callable[[Piece], Tensor]) -> None:
+    """The files are in the folder, whole; `piece` gives the values, contiguous on CPU."""
+    for shard in shards:
+        file = ShardFile(folder, shard)
+        try:
+            for wanted in shard.pieces:
+                file.put(piece(wanted))
+        finally:
+            file.close()
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """The folder has an index, if the model lies in several files."""
+    if len(shards) > 1:
+        entries = [(shard.name, entry) for shard in shards for _, entry in shard.outputs]
+        total = sum(entry.bytes for _, entry in entries)
+        places = {entry.key: name for name, entry in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        files.write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def start_folder(path: Path, *, overwrite: bool) -> Path:
+    """An empty folder beside `path`, to be published as it. ValueError if `path` holds something and may not go."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{path} is not empty: give another path, or overwrite=True to replace it")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is not empty and holds no model: it will not be replaced")
+    tmp = path.with_name(f"{path.name}.tmp")
+    if tmp.exists():
+        files.remove(tmp)
+    files.make_folder(tmp)
+    return tmp
+
+
+def publish_folder(path: Path) -> None:
+    """The folder written beside `path` is there, on the disk, under its name."""
+    tmp, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
+    for file in tmp.iterdir():
+        if file.is_file():
+            with open(file, "rb") as written:
+                files.sync(written)
+    files.sync_folder(tmp)
+    if path.exists():
+        if old.exists():
+            files.remove(old)
+        files.rename(path, old)
+    files.rename(tmp, path)
+    files.sync_folder(path.parent)
+    files.remove(old)

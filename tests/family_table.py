@@ -1,0 +1,114 @@
+"""The tables of docs/families.md, from the installed transformers; `python tests/family_table.py` rewrites them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tiny_families import FAMILIES, family_model
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from alfb_dist import parallelize
+from alfb_dist.families import moe_blocks
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+NO_RULE = "its choice and weights are not, bit for bit, those of the top k of a sigmoid or softmax of its logits"
+NO_GATE = "no gate that we recognise beside its experts"
+NOT_DONE = {
+    "aria_text": NO_RULE,
+    "cohere2_moe": NO_RULE,
+    "dbrx": "no fused experts; transformers 5.23 cannot build its default configuration",
+    "gemma4_text": NO_GATE,
+    "gpt_oss": NO_RULE,
+    "granitemoe": NO_RULE,
+    "granitemoe_swa": NO_RULE,
+    "granitemoehybrid": NO_RULE,
+    "granitemoeshared": NO_RULE,
+    "jetmoe": NO_GATE,
+    "llama4_text": "its experts see every token, scaled before and not after them",
+    "phimoe": NO_RULE,
+    "zaya": "its bias (balancing_biases) has a class that skips the experts, and the gate's ids tell it as expert 0",
+}
+"""Families of MoE language models that are refused. Only Zaya has a selection bias of its own."""
+NOT_LANGUAGE_ONLY = ["ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "muse_spark", "step3p7"]
+"""Model folders with a selection bias and no causal language model of their own."""
+
+HOLDS_BIAS = re.compile(r"e_score_correction_bias|expert_bias")
+HOLDS_EXPERTS = re.compile(r"self\.experts\b|e_score_correction_bias|expert_bias")
+
+
+def sources(pattern: re.Pattern[str]) -> set[str]:
+    """The model folders of transformers whose model matches."""
+    folder = Path(transformers.__file__).parent / "models"
+    return {p.parent.name for p in folder.glob("*/modeling_*.py") if pattern.search(p.read_text())}
+
+
+def moe_language_models() -> set[str]:
+    """The model types with a causal language model whose source has experts; of a composite one its text model only."""
+    types, folders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), sources(HOLDS_EXPERTS)
+    return {t for t in types if f"{t}_text" not in types and model_type_to_module_name(t) in folders}
+
+
+def biased_folders_without_language_model() -> set[str]:
+    """Folders whose model carries a selection bias but that no causal language model comes from."""
+    covered = {model_type_to_module_name(t) for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return sources(HOLDS_BIAS) - covered
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def family_row(family: str) -> str:
+    """The family's line of the table, from a tiny model of it."""
+    model = parallelize(family_model(family), ep_degree=1)
+    block: Any = next(iter(moe_blocks(model)))
+    names = {module: name for name, module in model.named_modules()}
+    names_here = (names[block.holder], names[block.gate])
+    holder, gate = (name.removeprefix(block.name).removeprefix(".") for name in names_here)
+    experts = block.module.experts
+    form = ", ".join(name for name, _ in experts.named_parameters())
+    surplus = ", experts without weights" if any(experts.unread_rows.values()) else ""
+    mtp = any("mtp" in name or "nextn" in name for name, _ in model.named_modules())
+    return _row(
+        [
+            f"`{family}`",
+            f"`{gate}` {type(block.gate).__name__.removeprefix('Balanced')}",
+            f"`{holder}.{block.bias_name}`, ".replace("`.", "`") + ("added" if block.added else "native"),
+            f"{form}{surplus}",
+            "fast" if experts.part is None else "general",
+            "ours" if block.gate.fast else "the family's",
+            "yes" if block.gate.spec is not None else "no",
+            "in the model" if mtp else "none",
+            "done",
+        ]
+    )
+
+
+def tables() -> Iterator[str]:
+    """Every line of the tables."""
+    yield _row(["family", "gate", "bias", "experts", "path", "routing", "auxiliary losses", "MTP layers", "status"])
+    yield _row(["---"] * 9)
+    yield from (family_row(family) for family in sorted(FAMILIES))
+    yield ""
+    yield _row(["family", "not done, because"])
+    yield _row(["---"] * 2)
+    yield from (_row([f"`{family}`", reason]) for family, reason in sorted(NOT_DONE.items()))
+    yield from (_row([f"`{folder}`", "not a causal language model; not tested"]) for folder in NOT_LANGUAGE_ONLY)
+
+
+START, END = "<!-- tables: made by tests/family_table.py -->\n", "<!-- end of tables -->\n"
+
+
+def written(text: str) -> str:
+    """The document with its tables as they should be."""
+    before, _, rest = text.partition(START)
+    return before + START + "\n".join(tables()) + "\n" + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(written(DOCUMENT.read_text()))
