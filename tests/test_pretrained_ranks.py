@@ -195,10 +195,33 @@ def test_export_of_a_checkpoint_equals_that_of_its_engine(tmp_path: Path) -> Non
     assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "engine" / name).read_bytes()
 
 
-def test_bias_without_a_place_is_refused_or_goes_beside(tmp_path: Path) -> None:
+def mixtral() -> MixtralForCausalLM:
     sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "a")
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+
+def save_mixtral(folder: Path) -> None:
+    from alfb_dist import checkpoint
+
+    optimizer = {"type": "SGD", "params": {"lr": 0.1}}
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer}
+    engine, balancer = alfb_dist.initialize(mixtral(), ds_config, ep_degree=2)
+    checkpoint.save(engine, balancer, folder, step=1, state={})
+    engine.module.model.layers[1].mlp.gate.selection_bias.fill_(0.1)
+    checkpoint.save(engine, balancer, folder, step=2, state={})
+
+
+def test_a_checkpoints_bias_without_a_place_is_refused_unless_it_says_nothing(tmp_path: Path) -> None:
+    run_ranks(2, save_mixtral, tmp_path, folder=tmp_path)
+    config = mixtral().config
+    to_hf(tmp_path / "step-00000001", tmp_path / "a", config)
+    assert "has no place" in refusal(lambda: to_hf(tmp_path / "step-00000002", tmp_path / "b", config))
+    assert not (tmp_path / "b").exists()
+
+
+def test_bias_without_a_place_is_refused_or_goes_beside(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "a")
     model = alfb_dist.from_pretrained(tmp_path / "a", ep_degree=1)
     alfb_dist.save_pretrained(model, tmp_path / "zero")  # biases of 0 say nothing
     model.model.layers[1].mlp.gate.selection_bias.fill_(0.1)

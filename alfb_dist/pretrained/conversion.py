@@ -28,7 +28,7 @@ def to_hf(
     """The weights and biases of a checkpoint (a folder step-XXXXXXXX) are in a folder that transformers loads.
 
     config: transformers' configuration of the model. dtype: of the weights; biases are float32. layout: as in
-    `save_pretrained`. ValueError if the checkpoint is damaged or of another model.
+    `save_pretrained`. ValueError if the checkpoint is damaged, of another model, or holds biases without a place.
     """
     if problems := verify(checkpoint):
         raise ValueError(problems[0])
@@ -42,6 +42,13 @@ def to_hf(
     pieces = [piece for output in outputs for piece in output.pieces]
     if absent := [key for key in (_key(piece, experts) for piece in pieces) if key not in source.tensors]:
         raise ValueError(f"{checkpoint} has no {absent[0]}: it is of another model than the configuration")
+    written = {_key(piece, experts) for piece in pieces}
+    homeless = [key for key in source.tensors if key.startswith("bias/") and key not in written]
+    if homeless := [key for key in homeless if bool(source.read(key).any())]:
+        raise ValueError(
+            f"{homeless[0]} has no place in this family's format: load the checkpoint into the model and use "
+            "save_pretrained with bias_sidecar=True"
+        )
     dtypes = {piece.parameter: _dtype(piece, experts, source, dtype) for piece in pieces}
 
     def read(piece: Piece) -> Tensor:
