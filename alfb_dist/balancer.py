@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ class Balancer:
         if len(sizes) > 1:
             raise ValueError(f"all MoE layers must have the same number of experts, got {sorted(sizes)}")
         self.modes = _mode_of_layers(mode, len(self.gates))
+        self._told_idle = False
         self.num_steps = 0
         """Optimizer steps so far; skipped steps do not count."""
         self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
@@ -150,6 +152,11 @@ class Balancer:
         if not num_applied:
             return False
         self.load_LE = total[:-1].view_as(self.load_LE)
+        if not self.load_LE.any() and not self._told_idle:
+            self._told_idle = True
+            warnings.warn(
+                "no token was counted in this step: is the model in training mode (model.train())?", stacklevel=2
+            )
         rate = self.rate(self.num_steps) if callable(self.rate) else self.rate
         bias_LE = self.bias_LE
         moved_LE = update_bias(bias_LE, self.load_LE, rate=rate, rule=self.rule, centered=self.centered)

@@ -520,3 +520,14 @@ def test_a_frozen_teachers_bias_stays_and_the_students_moves() -> None:
         balancer.step()
     assert torch.equal(biases(teacher), before)
     assert balancer.bias_LE.abs().sum() > 0
+
+
+def test_a_model_left_in_evaluation_mode_is_told_once() -> None:
+    model = parallelize(tiny_model(), ep_degree=1).eval()
+    balancer, batch = Balancer(model), tiny_batch(0, 2, 8)
+    model(**batch).loss.backward()
+    with pytest.warns(UserWarning, match="no token was counted"):
+        balancer.step()
+    model(**batch).loss.backward()
+    balancer.step()
+    assert balancer.bias_LE.abs().sum() == 0
