@@ -32,12 +32,14 @@ def check_ds_config(ds_config: dict[str, Any]) -> None:
 
 
 def with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which Adam on CPU is torch's; by default DeepSpeed would compile its own at start."""
+    """A copy in which Adam on CPU is torch's fused one; by default DeepSpeed would compile its own at start."""
     config = copy.deepcopy(ds_config)
     optimizer = config.get("optimizer", {})
     on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
     if on_cpu and optimizer.get("type", "").lower() in ("adam", "adamw"):
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+        parameters = optimizer.setdefault("params", {})
+        if parameters.setdefault("torch_adam", True):
+            parameters.setdefault("fused", not parameters.get("foreach"))
     return config
 
 

@@ -69,7 +69,7 @@ def initialize(
 
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
     ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,
-        with float32 too. On CPU, Adam and AdamW are torch's.
+        with float32 too. On CPU, Adam and AdamW are torch's fused ones.
     model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
         the parallelised model, whose experts are new parameters. All that require gradients unless given.
     deepspeed_arguments: more for `deepspeed.initialize`, such as optimizer or lr_scheduler.

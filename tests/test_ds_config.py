@@ -47,8 +47,10 @@ def test_learning_rate_warms_up_and_falls_to_its_last_part() -> None:
 
 def test_adam_on_a_cpu_is_torchs_unless_said_otherwise() -> None:
     given = {"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}
-    assert with_defaults(given)["optimizer"]["params"]["torch_adam"] is True
+    assert with_defaults(given)["optimizer"]["params"] == {"lr": 1.0, "torch_adam": True, "fused": True}
     assert "torch_adam" not in given["optimizer"]["params"]  # the user's dict stays as it was
     chosen = {"optimizer": {"type": "Adam", "params": {"torch_adam": False}}}
-    assert with_defaults(chosen)["optimizer"]["params"]["torch_adam"] is False
+    assert with_defaults(chosen)["optimizer"]["params"] == {"torch_adam": False}
+    each = {"optimizer": {"type": "Adam", "params": {"foreach": True}}}
+    assert with_defaults(each)["optimizer"]["params"] == {"foreach": True, "torch_adam": True, "fused": False}
     assert with_defaults({"optimizer": {"type": "SGD", "params": {}}})["optimizer"]["params"] == {}

@@ -282,7 +282,7 @@ def by_hand(stage: int) -> dict[str, Any]:
     model = alfb_dist.parallelize(tiny_model(), ep_degree=2)
     start_without_compiler()
     config = ds_config(stage, 1)
-    config["optimizer"]["params"]["torch_adam"] = True
+    config["optimizer"]["params"].update(torch_adam=True, fused=True)  # what initialize takes on a CPU
     engine = deepspeed.initialize(model=model, config=config)[0]
     balancer = alfb_dist.Balancer(engine, rate=RATE)
     for step in range(STEPS):
