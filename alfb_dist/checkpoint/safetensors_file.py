@@ -73,8 +73,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
-    header, end = {}, 0
+def header_bytes(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
+    """What a safetensors file of these entries begins with: the length of its JSON header, and the header."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
     for entry in entries:
         start, end = end, end + entry.bytes
         header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
@@ -87,7 +89,7 @@ class SafetensorsWriter:
     """A safetensors file that takes its tensors one by one, in the order of its entries."""
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        header = _header(entries)
+        header = header_bytes(entries)
         self.path, self._entries = path, list(entries)
         self._file = HashedFile(path, size=len(header) + sum(entry.bytes for entry in entries))
         self._file.write(header)

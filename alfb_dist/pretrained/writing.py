@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files
-from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name, tensor_bytes
+from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name, header_bytes, tensor_bytes
 from alfb_dist.pretrained.names import Output, Piece
 from alfb_dist.pretrained.source import INDEX, WEIGHTS
 
@@ -57,23 +56,12 @@ def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes:
     ]
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.bytes
-        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
-
-
 class ShardFile:
     """A file that takes its pieces one by one, in order. OSErrors name the path and how far it got."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         entries = [entry for _, entry in shard.outputs]
-        header = _header(entries)
+        header = header_bytes(entries, {"format": "pt"})  # transformers asks for the format
         self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
         self._waiting = len(shard.pieces)
         self._file.write(header)
