@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from alfb_dist.cli import launched_world, main
+from alfb_dist.cli import main
+from alfb_dist.cli.launcher import launched_world
 
 ROOT = Path(__file__).parent.parent
 TEST_CONFIG = str(ROOT / "configs" / "test.toml")

@@ -1,0 +1,48 @@
+"""The `alfb` command, one file a command. Only the part that a command needs is imported, so that refusals and help
+come at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from alfb_dist.cli import checkpoint, data, report, train
+from alfb_dist.cli.launcher import launched_world
+from alfb_dist.config import ConfigError
+from alfb_dist.stop import BAD_CONFIG
+
+COMMANDS = (train, report, data, checkpoint)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="alfb", description="Balanced expert-parallel MoE training on DeepSpeed.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
+    arguments = _parser().parse_args(argv)
+    # In a training run only a bad configuration is the user's to mend; anything else deserves its traceback.
+    mendable = (ConfigError,) if arguments.command == "train" else (ValueError, OSError)
+    try:
+        return int(arguments.run(arguments))
+    except mendable as error:
+        if launched_world()[0] == 0:
+            print(f"alfb: {error}", file=sys.stderr)
+        return BAD_CONFIG
+
+
+def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end the process with its exit code."""
+    code = main(argv)
+    if "torch.distributed" not in sys.modules:
+        sys.exit(code)
+
+    from alfb_dist.topology import leave
+
+    leave(code)

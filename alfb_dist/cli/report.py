@@ -1,0 +1,23 @@
+"""`alfb report`: a run's report.html."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from alfb_dist.cli.launcher import Subcommands
+from alfb_dist.stop import DONE
+
+
+def add(commands: Subcommands) -> None:
+    """The command and its options."""
+    report = commands.add_parser("report", help="draw a run's report.html, also while it runs")
+    report.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, such as runs/demo")
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from alfb_dist.report import write_html
+
+    print(write_html(arguments.run_folder))
+    return DONE
