@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alfb_dist import arena
 from alfb_dist.exchange import Exchange
 
 
@@ -70,7 +71,7 @@ def combine(rows_RD: Tensor, route: Route | None) -> Tensor:
 
 def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     """The rows of all ranks in rank order, of which this rank's are those of its tokens: (R, D)."""
-    rows_RD = x_TD.new_empty(sum(route.receive_counts), x_TD.shape[1])
+    rows_RD = arena.empty((sum(route.receive_counts), x_TD.shape[1]), x_TD)
     for rank, (part, rows) in enumerate(zip(_parts(route.receive_counts), arrived)):
         if rank == route.rank:
             mine_N = route.token_N[_parts(route.send_counts)[rank]]
@@ -88,7 +89,7 @@ def _join(small_N: Tensor, counts: list[int], arrived: list[Tensor], route: Rout
 
 def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     """What the ranks made of each token summed, in rank order, of which rows_RD is what this one made: (T, D)."""
-    total_TD = rows_RD.new_zeros(route.num_tokens, rows_RD.shape[1])
+    total_TD = arena.zeros((route.num_tokens, rows_RD.shape[1]), rows_RD)
     for rank, (part, rows) in enumerate(zip(_parts(route.send_counts), arrived)):
         if rank == route.rank:
             rows = rows_RD[_parts(route.receive_counts)[rank]]

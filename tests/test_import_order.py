@@ -19,7 +19,7 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop config topology collectives agreement metrics balance router aux_loss shared_memory exchange dispatch
+    stop config topology collectives agreement metrics balance router aux_loss arena shared_memory exchange dispatch
     experts families trial gate moe sharding mend autoep balancer callback model data ds_config engine checkpoint
     pretrained report estimate
     run_folder run train bench cli

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alfb_dist import arena
 from alfb_dist.experts.compiler import load
 
 PIECE_ROWS = 512
@@ -66,9 +67,9 @@ class NativeMLP(torch.autograd.Function):
         _call("sort_slots", ids_RK.numel(), num_experts, ids_RK, sizes, slots)
         num_rows, largest = sizes[num_experts:].tolist()
         piece = min(PIECE_ROWS, max(1, largest))
-        kept_S2F = x_RD.new_empty(num_rows, 2 * width_F)
-        out_RD = torch.zeros_like(x_RD)
-        scratch = x_RD.new_empty(piece * (2 * width_D + width_F + 2))
+        kept_S2F = arena.empty((num_rows, 2 * width_F), x_RD)
+        out_RD = arena.zeros(x_RD.shape, x_RD)
+        scratch = arena.empty((piece * (2 * width_D + width_F + 2),), x_RD)
         shape = (num_experts, ids_RK.shape[1], width_D, width_F, piece)
         blas = _torch_blas()
         assert blas is not None
@@ -83,9 +84,10 @@ class NativeMLP(torch.autograd.Function):
         tensors = ctx.saved_tensors
         _, _, weights_RK, x_RD, gate_up_e2FD, down_eDF, _ = tensors
         _, _, width_D, width_F, piece = ctx.shape
-        grad_x_RD, grad_weights_RK = torch.zeros_like(x_RD), torch.zeros_like(weights_RK)
-        grad_gate_up_e2FD, grad_down_eDF = torch.empty_like(gate_up_e2FD), torch.empty_like(down_eDF)
-        scratch = x_RD.new_empty(piece * (2 * width_D + 4 * width_F + 3))
+        grad_x_RD, grad_weights_RK = arena.zeros(x_RD.shape, x_RD), torch.zeros_like(weights_RK)
+        grad_gate_up_e2FD = arena.empty(gate_up_e2FD.shape, gate_up_e2FD)
+        grad_down_eDF = arena.empty(down_eDF.shape, down_eDF)
+        scratch = arena.empty((piece * (2 * width_D + 4 * width_F + 3),), x_RD)
         blas = _torch_blas()
         assert blas is not None
         made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
