@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 from torch import nn
 
+from alfb_dist.attention import choose_attention
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.ds_config import check_ds_config, with_defaults
@@ -90,6 +91,7 @@ def initialize(
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
     start_without_compiler()
+    choose_attention(model)
     engine = deepspeed.initialize(
         model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
     )[0]

@@ -18,7 +18,7 @@ PIECE_ROWS = 512
 
 
 @functools.cache
-def _torch_blas() -> ctypes.c_void_p | None:
+def torch_blas() -> ctypes.c_void_p | None:
     """The address of the float32 product in torch's own BLAS, or None if it does not show one."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -30,7 +30,7 @@ def _torch_blas() -> ctypes.c_void_p | None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    return None if _torch_blas() is None else load(Path(__file__).with_name("native.c"))
+    return None if torch_blas() is None else load(Path(__file__).with_name("native.c"))
 
 
 def supported(x_RD: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Any) -> bool:
@@ -71,7 +71,7 @@ class NativeMLP(torch.autograd.Function):
         out_RD = arena.zeros(x_RD.shape, x_RD)
         scratch = arena.empty((piece * (2 * width_D + width_F + 2),), x_RD)
         shape = (num_experts, ids_RK.shape[1], width_D, width_F, piece)
-        blas = _torch_blas()
+        blas = torch_blas()
         assert blas is not None
         tensors = (sizes, slots, weights_RK, x_RD, gate_up_e2FD, down_eDF, kept_S2F)
         _call("forward", blas.value or 0, *shape, *tensors, out_RD, scratch)
@@ -88,7 +88,7 @@ class NativeMLP(torch.autograd.Function):
         grad_gate_up_e2FD = arena.empty(gate_up_e2FD.shape, gate_up_e2FD)
         grad_down_eDF = arena.empty(down_eDF.shape, down_eDF)
         scratch = arena.empty((piece * (2 * width_D + 4 * width_F + 3),), x_RD)
-        blas = _torch_blas()
+        blas = torch_blas()
         assert blas is not None
         made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
         _call("backward", blas.value or 0, *ctx.shape, *tensors, grads[0].contiguous(), *made)
