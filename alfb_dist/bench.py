@@ -58,7 +58,6 @@ def train_step(model: nn.Module, ids: Tensor, lr: float, world: Any) -> Callable
         "train_micro_batch_size_per_gpu": ids.shape[0],
         "gradient_accumulation_steps": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": lr}},
-        "zero_optimization": {"stage": 1},
     }
     engine, balancer = initialize(model, ds_config, ep_degree=world.size)
 
