@@ -62,6 +62,7 @@ def initialize(
     mode: str | Sequence[str] = "train",
     sequence_loss_alpha: float = 0.0,
     batch_loss_alpha: float = 0.0,
+    max_rows: int = 0,
     timeout_seconds: float = 600,
     model_parameters: Any = None,
     **deepspeed_arguments: Any,
@@ -84,6 +85,7 @@ def initialize(
         ep_degree=ep_degree,
         sequence_loss_alpha=sequence_loss_alpha,
         batch_loss_alpha=batch_loss_alpha,
+        max_rows=max_rows,
         timeout_seconds=timeout_seconds,
     )
     _check_frozen(model, ds_config)

@@ -74,6 +74,7 @@ def start(config: Config) -> Run:
         mode=bias_mode(config),
         sequence_loss_alpha=balance.sequence_loss_alpha,
         batch_loss_alpha=balance.batch_loss_alpha,
+        max_rows=config.parallel.max_rows,
         timeout_seconds=config.run.timeout_seconds,
         model_parameters=lambda sharded: parameter_groups(sharded, config.optimizer.weight_decay),
         lr_scheduler=lr_schedule(config),

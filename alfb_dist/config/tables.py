@@ -74,6 +74,11 @@ class ParallelConfig(_Table):
     ep_degree: int = Field(
         default=1, ge=1, description="ranks that share the experts of a layer; divides ranks and experts"
     )
+    max_rows: int = Field(
+        default=0,
+        ge=0,
+        description="rows that a rank's experts hold at once, more being computed in pieces, twice; 0: all at once",
+    )
 
 
 class BalanceConfig(_Table):
