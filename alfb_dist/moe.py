@@ -13,6 +13,7 @@ from alfb_dist.dispatch import combine, dispatch
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts import expert_mlp
 from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
+from alfb_dist.profiling import span
 from alfb_dist.topology import Grid, grid_ranks
 
 
@@ -63,14 +64,17 @@ class ShardedExperts(AutoEPMoELayer):
         identity_TK = top_k_index >= self.num_experts if any(self.unread_rows.values()) else None
         if identity_TK is not None:
             top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
-        rows_RD, ids_RK, weights_RK, route = dispatch(
-            hidden_states, top_k_index, top_k_weights, self.num_local_experts, self.exchange
-        )
-        if self.part is None:
-            out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
-        else:
-            out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
-        out_TD = combine(out_RD, route)
+        with span("dispatch"):
+            rows_RD, ids_RK, weights_RK, route = dispatch(
+                hidden_states, top_k_index, top_k_weights, self.num_local_experts, self.exchange
+            )
+        with span("experts"):
+            if self.part is None:
+                out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+            else:
+                out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
+        with span("combine"):
+            out_TD = combine(out_RD, route)
         if identity_TK is not None:
             out_TD = out_TD + hidden_states * (top_k_weights * identity_TK).sum(-1, keepdim=True).to(out_TD.dtype)
         return out_TD

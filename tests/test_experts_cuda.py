@@ -80,6 +80,7 @@ def test_slots_are_sorted_by_expert_and_empty_ones_have_no_place() -> None:
 @pytest.mark.parametrize("num_experts", [3, 255, 256, 300, 40_000])
 def test_slots_of_many_experts_keep_their_ids(num_experts: int) -> None:
     ids_RK = torch.randint(num_experts + 1, (50, 4), generator=torch.Generator().manual_seed(num_experts))
+    ids_RK[3, 1], ids_RK[4, 2] = num_experts, num_experts - 1
     slots = sort_slots(ids_RK, num_experts)
     counts = torch.bincount(ids_RK.flatten(), minlength=num_experts + 1)
     assert torch.equal(slots.ends_e.long(), counts.cumsum(0)[:-1])
@@ -174,6 +175,19 @@ def test_the_rules_of_torchs_cuda_products_are_kept() -> None:
         assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
     with pytest.raises(RuntimeError, match="16 bytes"):  # those checks are there
         torch._grouped_mm(x[:, :63].contiguous(), rest[1].transpose(1, 2)[:, :63], offs=ids[:6, 0].int())
+
+
+def test_what_does_not_start_at_16_bytes_is_kept_from_torchs_kernel() -> None:
+    ends_e, flat = torch.tensor([2, 5], dtype=torch.int32), torch.randn(1000)
+    rows, matrices = flat[:40].view(5, 8), flat[:128].view(2, 8, 8)
+    for a, b in ((rows, matrices), (flat[1:41].view(5, 8), matrices), (rows, flat[1:129].view(2, 8, 8))):
+        whole = a.storage_offset() % 4 == 0 and b.storage_offset() % 4 == 0
+        assert products._fit(a, b, 8, 8) == whole
+    assert not products._fit(rows, matrices, 8, 9)
+    assert not products._fit(rows[:0], matrices, 8, 8)
+    expected = torch.cat([rows[:2] @ matrices[0], rows[2:] @ matrices[1]])
+    for way in (rows, rows.clone().as_strided((5, 8), (8, 1)), torch.cat([flat[:1], rows.flatten()])[1:].view(5, 8)):
+        torch.testing.assert_close(products.rows_times(way, matrices, ends_e), expected)
 
 
 def test_the_grouped_way_is_for_cuda_and_silu() -> None:
