@@ -240,5 +240,5 @@ def test_a_table_of_the_document_is_the_commands_own(monkeypatch: pytest.MonkeyP
     shown = document.measured("--topk 2 --seconds 1")
     assert shown.startswith("['alfb_dist.cli', 'bench', '--topk', '2', '--seconds', '1']\n\nmachine. 20")
     monkeypatch.setattr(subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "why"))
-    with pytest.raises(RuntimeError, match="(?s)alfb bench --topk 2 failed.*why"):
+    with pytest.raises(RuntimeError, match=r"(?s)alfb bench --topk 2 failed.*why"):
         document.measured("--topk 2")

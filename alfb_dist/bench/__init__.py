@@ -17,7 +17,7 @@ def moe_layer(
     case: tokens, hidden, inter, experts, topk. weights: gate (E, D), gate_up (E, 2F, D), down (E, D, F), shared_gate
     and shared_up (F, D), shared_down (D, F). forward: (1, T, D) to the same shape; collective.
     """
-    from alfb_dist.bench.contestants import transformers_block
+    from alfb_dist.bench.block import transformers_block
     from alfb_dist.sharding import parallelize
 
     block = parallelize(transformers_block(case, weights), ep_degree=world.size)

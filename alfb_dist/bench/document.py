@@ -1,6 +1,6 @@
 """`python -m alfb_dist.bench.document FILE [WORD]`: a document's tables are measured anew.
 
-A table stands between `<!-- alfb bench ARGUMENTS -->` and `<!-- end -->`. Only those whose arguments hold WORD, if given.
+A table stands between `<!-- alfb bench ARGUMENTS -->` and `<!-- end -->`. WORD: only those whose arguments hold it.
 """
 
 from __future__ import annotations
