@@ -14,6 +14,7 @@ from alfb_dist.dispatch import combine, dispatch
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts import expert_mlp
 from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
+from alfb_dist.profiling import span
 from alfb_dist.topology import Grid, grid_ranks
 
 
@@ -74,14 +75,17 @@ class ShardedExperts(AutoEPMoELayer):
         return out_TD
 
     def _compute(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        rows_RD, ids_RK, weights_RK, route = dispatch(
-            x_TD, expert_ids_TK, weights_TK, self.num_local_experts, self.exchange
-        )
-        if self.part is None:
-            out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
-        else:
-            out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
-        return combine(out_RD, route)
+        with span("dispatch"):
+            rows_RD, ids_RK, weights_RK, route = dispatch(
+                x_TD, expert_ids_TK, weights_TK, self.num_local_experts, self.exchange
+            )
+        with span("experts"):
+            if self.part is None:
+                out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+            else:
+                out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
+        with span("combine"):
+            return combine(out_RD, route)
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None

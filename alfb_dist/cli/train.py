@@ -21,6 +21,9 @@ def add(commands: Subcommands) -> None:
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     train.add_argument("--dry-run", action="store_true", help="print sizes, memory and bytes exchanged, and stop")
     train.add_argument("--ranks", type=int, help="for --dry-run: the number of ranks (default: ep_degree)")
+    train.add_argument(
+        "--profile", action="store_true", help="keep a profiler trace of a few steps in the run folder, and tell"
+    )
     train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
     train.set_defaults(run=_train)
 
@@ -38,7 +41,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from alfb_dist.train import train
 
-    return train(config)
+    return train(config, profile=arguments.profile)
 
 
 def _dry_run(config: Config, ranks: int | None) -> int:
