@@ -22,7 +22,7 @@ ORDER = """
     stop config topology collectives agreement metrics balance router aux_loss shared_memory exchange dispatch
     experts families trial gate moe sharding mend autoep balancer callback model data ds_config engine checkpoint
     pretrained report estimate
-    run_folder run train bench cli
+    run_folder run train bench doctor cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 
