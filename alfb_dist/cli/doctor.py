@@ -48,7 +48,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _case(arguments: argparse.Namespace) -> Case:
     from alfb_dist.doctor import Case, read_hosts
 
-    hosts, bad_hostfile, config, refused = {}, "", None, ()
+    hosts: dict[str, int] = {}
+    refused: tuple[str, ...] = ()
+    bad_hostfile, config = "", None
     if arguments.hostfile:
         try:
             hosts = read_hosts(arguments.hostfile)

@@ -37,7 +37,7 @@ def judge_rate(rule: str, rate: float, score: str | None, num_experts: int) -> R
 
 
 def judge_annealing(rate: float, zero_at: int | None, steps: int) -> Result:
-    """Whether the rate ends at 0, as in the published long runs (arXiv:2412.19437: for the last 500B of 14.8T tokens)."""
+    """Whether the rate ends at 0, as in published long runs: arXiv:2412.19437, the last 500B of 14.8T tokens."""
     check = "config: balance.zero_at_step"
     if rate == 0:
         return not_applicable(check, "the rate is 0")
