@@ -39,6 +39,7 @@ HARMLESS = {
     "group",
     "is_available",
     "is_initialized",
+    "is_nccl_available",
 }
 # ProcessGroup's own methods that communicate.
 METHODS = {"allgather", "allreduce", "alltoall", "alltoall_base", "reduce_scatter", "recv_anysource"}

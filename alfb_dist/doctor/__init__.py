@@ -9,35 +9,35 @@ import threading
 from collections.abc import Callable, Iterator
 
 from alfb_dist.doctor.case import Case, read_hosts
-from alfb_dist.doctor.device import accelerator
-from alfb_dist.doctor.exchange import exchanges
-from alfb_dist.doctor.hosts import hosts
-from alfb_dist.doctor.kernels import kernels
-from alfb_dist.doctor.launchers import launchers
-from alfb_dist.doctor.machine import clock, disk, limits
-from alfb_dist.doctor.network import network
-from alfb_dist.doctor.packages import packages
-from alfb_dist.doctor.pitfalls import configuration
+from alfb_dist.doctor.device import check_accelerator
+from alfb_dist.doctor.exchange import check_exchange
+from alfb_dist.doctor.hosts import check_hosts
+from alfb_dist.doctor.kernels import check_kernels
+from alfb_dist.doctor.launchers import check_launchers
+from alfb_dist.doctor.machine import check_clock, check_disk, check_limits
+from alfb_dist.doctor.network import check_network
+from alfb_dist.doctor.packages import check_packages
+from alfb_dist.doctor.pitfalls import check_configuration
 from alfb_dist.doctor.result import Result, problem
-from alfb_dist.doctor.tracking import tracking
+from alfb_dist.doctor.tracking import check_wandb
 
 __all__ = ["CHECKS", "Case", "Result", "examine", "read_hosts"]
 
 Check = Callable[[Case], Iterator[Result]]
 
 CHECKS: tuple[Check, ...] = (
-    packages,
-    accelerator,
-    kernels,
-    launchers,
-    hosts,
-    network,
-    limits,
-    disk,
-    clock,
-    tracking,
-    exchanges,
-    configuration,
+    check_packages,
+    check_accelerator,
+    check_kernels,
+    check_launchers,
+    check_hosts,
+    check_network,
+    check_limits,
+    check_disk,
+    check_clock,
+    check_wandb,
+    check_exchange,
+    check_configuration,
 )
 
 LIMIT_SECONDS = 300.0
@@ -52,6 +52,7 @@ def examine(case: Case, checks: tuple[Check, ...] = CHECKS, *, limit: float = LI
 
 def _within(check: Check, case: Case, limit: float) -> list[Result]:
     found: list[Result] = []
+    name = check.__name__.removeprefix("check_")
 
     def work() -> None:
         try:
@@ -59,12 +60,12 @@ def _within(check: Check, case: Case, limit: float) -> list[Result]:
                 found.append(result)
         except Exception as error:
             text = f"the check failed: {type(error).__name__}: {error}"
-            found.append(problem(check.__name__, text, "mend what the message names, or report it"))
+            found.append(problem(name, text, "mend what the message names, or report it"))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(limit)
     if thread.is_alive():
-        late = problem(check.__name__, f"no answer within {limit:.0f} s", "see which disk, host or driver hangs")
+        late = problem(name, f"no answer within {limit:.0f} s", "see which disk, host or driver hangs")
         return [*found, late]
     return found

@@ -86,7 +86,7 @@ def find_device() -> Device:
     return Device(os.environ.get("DS_ACCELERATOR"), torch.version.cuda, driver_version(), gpus, nccl)
 
 
-def accelerator(case: Case) -> Iterator[Result]:
+def check_accelerator(case: Case) -> Iterator[Result]:
     """The accelerator and NCCL."""
     device = find_device()
     yield judge_accelerator(device)

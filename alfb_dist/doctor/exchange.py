@@ -79,7 +79,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> str:
     return ", ".join(failed)
 
 
-def exchanges(case: Case) -> Iterator[Result]:
+def check_exchange(case: Case) -> Iterator[Result]:
     """Over gloo, and over NCCL where there are two GPUs."""
     yield judge_exchange("gloo", measure({"DS_ACCELERATOR": "cpu"}))
     gpus = len(find_device().gpus)

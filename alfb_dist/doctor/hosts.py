@@ -91,7 +91,7 @@ def ask(host: str) -> Answer:
     return Answer(host, skew=clock_skew(sent, clock, received), versions=None if has is None else tuple(has))
 
 
-def hosts(case: Case) -> Iterator[Result]:
+def check_hosts(case: Case) -> Iterator[Result]:
     """The hostfile and each of its hosts, all asked at once."""
     if case.bad_hostfile:
         yield problem("hostfile", case.bad_hostfile, 'give each host one line such as "node1 slots=8"')

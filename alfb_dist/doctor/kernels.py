@@ -56,7 +56,7 @@ def kernel_difference() -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def kernels(case: Case) -> Iterator[Result]:
+def check_kernels(case: Case) -> Iterator[Result]:
     """The compiled kernels of this machine."""
     import torch
 

@@ -74,7 +74,7 @@ def _try_mpi(path: str) -> str | None:
     return done.stdout
 
 
-def launchers(case: Case) -> Iterator[Result]:
+def check_launchers(case: Case) -> Iterator[Result]:
     """What can start a run here."""
     folder = Path(sys.executable).parent
     yield judge_launcher("deepspeed", shutil.which("deepspeed"), folder)

@@ -99,7 +99,7 @@ def available_memory() -> int:
     return min(available, max(0, limit - used))
 
 
-def limits(case: Case) -> Iterator[Result]:
+def check_limits(case: Case) -> Iterator[Result]:
     """Shared memory, open files and memory."""
     shm = Path("/dev/shm")
     yield judge_shm(shutil.disk_usage(shm).total if shm.is_dir() else None)
@@ -111,7 +111,7 @@ def limits(case: Case) -> Iterator[Result]:
     yield judge_memory(available_memory(), None if sizes is None else sizes.state_bytes * case.local_ranks)
 
 
-def disk(case: Case) -> Iterator[Result]:
+def check_disk(case: Case) -> Iterator[Result]:
     """The disks of the run folder and of the data."""
     config, sizes = case.config, case.estimate
     if config is None or sizes is None:
@@ -122,7 +122,7 @@ def disk(case: Case) -> Iterator[Result]:
     yield _disk("data", Path(config.data.cache), 0)
 
 
-def clock(case: Case) -> Iterator[Result]:
+def check_clock(case: Case) -> Iterator[Result]:
     """The clock of this machine."""
     before = time.time() - time.monotonic()
     newest = max(path.stat().st_mtime for path in Path(alfb_dist.__file__).parent.rglob("*.py"))

@@ -89,7 +89,7 @@ def _addresses() -> Mapping[str, list[str]]:
     return {name: [a.address for a in found] for name, found in psutil.net_if_addrs().items()}
 
 
-def network(case: Case) -> Iterator[Result]:
+def check_network(case: Case) -> Iterator[Result]:
     """The port and the interface."""
     port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
     yield judge_port(port, port_is_free(port))

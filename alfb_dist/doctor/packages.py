@@ -41,7 +41,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def packages(case: Case) -> Iterator[Result]:
+def check_packages(case: Case) -> Iterator[Result]:
     """Python; each package that is missing or out of bounds; all the others in one line."""
     try:
         about = metadata.metadata(PACKAGE)

@@ -172,7 +172,7 @@ def bias_types(path: str) -> dict[str, str]:
     return {name: str(t.dtype).removeprefix("torch.") for name, t in stored.items() if is_bias(name)}
 
 
-def configuration(case: Case) -> Iterator[Result]:
+def check_configuration(case: Case) -> Iterator[Result]:
     """What is wrong with the configuration, or its pitfalls."""
     from alfb_dist.data.sources import PYTHON_STDLIB
 

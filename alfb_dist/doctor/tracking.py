@@ -21,7 +21,7 @@ def judge_wandb(wanted: str, mode: str, account: bool) -> Result:
     return ok("wandb", f"offline{reason}; `wandb sync` sends runs later")
 
 
-def tracking(case: Case) -> Iterator[Result]:
+def check_wandb(case: Case) -> Iterator[Result]:
     """wandb's mode and account."""
     from alfb_dist.report.wandb_sink import has_account, resolve_mode
 
