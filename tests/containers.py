@@ -111,7 +111,7 @@ def container(image: str) -> Iterator[Container]:
 
     name = buildah("from", "--pull-never", image)
     try:
-        config = json.loads(buildah("inspect", "--format", "{{json .OCIv1.Config}}", name))
+        config = json.loads(buildah("inspect", name))["OCIv1"]["config"]
         yield Container(Path(buildah("mount", name)), config)
     finally:
         buildah("rm", name)

@@ -146,7 +146,8 @@ def test_image_trains_on_two_ranks_through_the_deepspeed_launcher(image: Contain
 
 @needs_image
 def test_term_to_process_1_ends_in_a_save_and_exit_code_75(image: Container, hosts: Path) -> None:
-    words = ["launch", "configs/test.toml", "--ranks", "2", "--set", "train.steps=100000", "--set", "run.name=long"]
+    settings = ["train.steps=100000", "train.checkpoint_interval=0", "run.name=long"]
+    words = ["launch", "configs/test.toml", "--ranks", "2", *(word for s in settings for word in ("--set", s))]
     process = image.start(words, hosts)
     go(process)
     wait_for(lambda: len(metrics(image, "long")) > 3, process)
