@@ -9,22 +9,21 @@ target=$1 name=${2:-alfb_dist:$1}
 export BUILDAH_ISOLATION=chroot
 made=localhost/alfb_dist-base:bookworm
 
-make_base() {
-    local folder container setting
-    folder=$(mktemp --directory)
-    trap 'rm -rf "$folder"' EXIT
-    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$folder"
-    ln --symbolic python3 "$folder/usr/bin/python"
-    rm -rf "$folder"/var/cache/apt/archives/*.deb "$folder"/var/lib/apt/lists/*
-    cp /etc/ssl/certs/ca-certificates.crt "$folder/etc/ssl/certs/"
+make_base() ( # in a shell of its own: what it removes at the end is the folder that it made
+    base_folder=$(mktemp --directory)
+    trap 'rm -rf "$base_folder"' EXIT
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$base_folder"
+    ln --symbolic python3 "$base_folder/usr/bin/python"
+    rm -rf "$base_folder"/var/cache/apt/archives/*.deb "$base_folder"/var/lib/apt/lists/*
+    cp /etc/ssl/certs/ca-certificates.crt "$base_folder/etc/ssl/certs/"
     container=$(buildah from scratch)
-    buildah add --quiet "$container" "$folder" / > /dev/null
+    buildah add --quiet "$container" "$base_folder" / > /dev/null
     while IFS= read -r setting; do
         buildah config --env "$setting" "$container"
     done < <(env | grep '^PIP_' || true)
     buildah config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
     buildah commit --quiet --rm "$container" "$made"
-}
+)
 
 options=(--layers --file docker/Dockerfile --target "$target" --tag "$name")
 if [ -n "${BASE:-}" ]; then
@@ -32,8 +31,8 @@ if [ -n "${BASE:-}" ]; then
 else
     buildah inspect --type image "$made" > /dev/null 2>&1 || make_base
     options+=(--build-arg "BASE=$made" --build-arg TORCH_INDEX=)
-    for folder in ${PIP_FIND_LINKS:-}; do # folders with wheels
-        [ ! -d "$folder" ] || options+=(--volume "$folder:$folder:ro")
+    for wheels in ${PIP_FIND_LINKS:-}; do
+        [ ! -d "$wheels" ] || options+=(--volume "$wheels:$wheels:ro")
     done
 fi
 buildah bud "${options[@]}" .
