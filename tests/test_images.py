@@ -92,6 +92,31 @@ def test_only_what_is_named_reaches_a_build() -> None:
     assert {f"!{name}" for name in copied} == {line for line in lines if line.startswith("!")}
 
 
+FAKES = {
+    "debootstrap": 'for last; do :; done; mkdir -p "$last/usr/bin" "$last/etc/ssl/certs"',
+    "buildah": 'echo "$*" >> "$LOG"; case "$1" in inspect) exit 1;; from) echo made;; esac',
+    "cp": "",
+}
+
+
+def test_build_removes_what_it_made_and_nothing_else(tmp_path: Path) -> None:
+    """The folder with wheels is the last that the script names before it ends."""
+    for folder in ("bin", "wheels", "aside"):
+        (tmp_path / folder).mkdir()
+    for name, script in FAKES.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "wheels" / "torch.whl").touch()
+    settings = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "aside")}
+    settings |= {"PIP_FIND_LINKS": str(tmp_path / "wheels"), "LOG": str(tmp_path / "log")}
+    environment = {name: value for name, value in os.environ.items() if name != "BASE"} | settings
+    subprocess.run([ROOT / "docker" / "build.sh", "cpu"], env=environment, check=True, timeout=60)
+    assert (tmp_path / "wheels" / "torch.whl").exists()
+    assert list((tmp_path / "aside").iterdir()) == []
+    *_, build = (tmp_path / "log").read_text().splitlines()
+    assert build.startswith("bud ") and f"--volume {tmp_path}/wheels:{tmp_path}/wheels:ro" in build
+
+
 def test_two_nodes_of_compose_are_one_run_and_hold_no_secret() -> None:
     services = COMPOSE["services"]
     assert COMPOSE["networks"]["ranks"]["internal"]

@@ -75,7 +75,10 @@ def _print_table(results: Iterable[Result]) -> list[Result]:
     from rich.table import Table
     from rich.text import Text
 
-    console, found = Console(), []
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    found = []
     table = Table("check", "verdict", "found, and the mend", box=None, padding=(0, 2, 0, 0))
     with console.status("") as status:
         for result in results:

@@ -19,7 +19,9 @@ def judge_kernels(*, cuda: bool, off: bool, compiler: str | None, loaded: bool, 
     if off:
         return warning(check, "switched off by ALFB_NATIVE=0; plain torch gives the same, slower", "unset ALFB_NATIVE")
     if compiler is None:
-        return warning(check, "no C compiler; plain torch gives the same, slower", "apt-get install gcc libc6-dev")
+        return warning(
+            check, "no C compiler; plain torch gives the same, slower", "apt-get install gcc libc6-dev, or leave it so"
+        )
     if not loaded:
         mend = "see why with logging at INFO; make ~/.cache writable, install libc6-dev, or set ALFB_NATIVE=0"
         return warning(check, f"{compiler} does not make them; plain torch gives the same, slower", mend)
