@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DS_ACCELERATOR ?= cpu
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test image-test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ demo: $(READY)  ## train a tiny DeepSeek-V3 on two expert-parallel ranks (about 
 
 test: $(READY)  ## the whole CPU test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+image-test: $(READY)  ## build the cpu image without a Docker engine and train in it (root, buildah, debootstrap)
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh cpu localhost/alfb_dist:cpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" ALFB_IMAGE=localhost/alfb_dist:cpu $(BIN)/python -m pytest tests/test_images.py
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from alfb_dist.cli import bench, checkpoint, data, report, train
+from alfb_dist.cli import bench, checkpoint, data, doctor, report, train
 from alfb_dist.cli.launcher import launched_world
 from alfb_dist.config import ConfigError
 from alfb_dist.stop import BAD_CONFIG
 
-COMMANDS = (train, report, data, checkpoint, bench)
+COMMANDS = (train, report, data, checkpoint, doctor, bench)
 
 
 def _parser() -> argparse.ArgumentParser:
