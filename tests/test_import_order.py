@@ -20,8 +20,8 @@ ROOT = PACKAGE.name
 
 ORDER = """
     stop config topology collectives agreement metrics balance router aux_loss arena shared_memory exchange dispatch
-    experts attention families trial gate moe sharding mend autoep balancer callback model data ds_config engine
-    checkpoint pretrained report estimate run_folder run train bench cli
+    experts attention recompute choice families trial gate frozen moe sharding mend autoep balancer callback model
+    data ds_config engine checkpoint pretrained report estimate run_folder run train bench cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 
