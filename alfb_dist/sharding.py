@@ -74,12 +74,13 @@ def _note_batch(model: nn.Module) -> None:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate, given = _first_gate(module), signature.bind_partial(*args, **kwargs).arguments
         batch, given = gate.batch, {**given, **given.get("kwargs", {})}
-        if not (gate.training and torch.is_grad_enabled()):
-            batch.evaluated_mask_BS = padding_mask(given.get("attention_mask"))
-            return
         inputs = next((given[k] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None), None)
         shape = None if inputs is None else (inputs.shape[0], inputs.shape[1])
-        batch.note(shape, padding_mask(given.get("attention_mask")))
+        mask_BS = padding_mask(given.get("attention_mask"), None if shape is None else shape[1])
+        if not (gate.training and torch.is_grad_enabled()):
+            batch.evaluated_mask_BS = mask_BS
+            return
+        batch.note(shape, mask_BS)
         batch.loss_scale.gradient = None
 
     innermost.register_forward_pre_hook(before, with_kwargs=True)
@@ -88,14 +89,17 @@ def _note_batch(model: nn.Module) -> None:
             module.register_forward_pre_hook(lambda module, _: remember_runs(module, _first_gate(module).batch))
 
 
-def padding_mask(attention_mask: Any) -> Tensor | None:
+def padding_mask(attention_mask: Any, positions: int | None = None) -> Tensor | None:
     """True on tokens and False on padding, or None if nothing is known to be padded.
 
-    A (B, S) mask marks padding with 0. Other forms (4-D masks, mask objects) say who attends to whom, not what is
-    padding, and every token counts.
+    A (B, S) mask marks padding with 0. One with more columns than the batch has positions begins with those of a cache
+    or of a learned prefix, which are not routed: the last ones count. Other forms (4-D masks, mask objects) say who
+    attends to whom, not what is padding, and every token counts.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
+    if positions is not None:
+        attention_mask = attention_mask[:, -positions:]
     mask_BS = attention_mask != 0
     return None if bool(mask_BS.all()) else mask_BS
 
