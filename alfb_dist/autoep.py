@@ -32,7 +32,8 @@ class BalancedRouter(BalancedGate):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """AutoEP's (weights, expert ids, tokens per expert), counted if this forward trains."""
-        weights_TK, ids_TK, num_tokens_E = super(BalancedGate, self).forward(hidden_states, *args, **kwargs)
+        with self.same_choice():
+            weights_TK, ids_TK, num_tokens_E = super(BalancedGate, self).forward(hidden_states, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
             weights_TK = self._observe(weights_TK, weights_TK, ids_TK)
         elif self.measured_load_E is not None:

@@ -18,7 +18,6 @@ from alfb_dist.attention import choose_attention
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.ds_config import check_ds_config, with_defaults
-from alfb_dist.moe import expert_parameters
 from alfb_dist.sharding import parallelize
 
 
@@ -26,16 +25,6 @@ def start_without_compiler() -> None:
     """DeepSpeed's CPU backend will not compile its shared-memory operator, which takes a minute and a compiler."""
     if deepspeed.get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _check_frozen(model: nn.Module, ds_config: dict[str, Any]) -> None:
-    """Nothing, or ValueError if ZeRO is asked for where no expert trains: DeepSpeed then fails on an empty group."""
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage and not any(p.requires_grad for p in expert_parameters(model)):
-        raise ValueError(
-            f"DeepSpeed's ZeRO stage {stage} cannot train a model whose experts are all frozen (LoRA on attention, for "
-            "instance); use zero_optimization.stage 0, which costs little where few parameters train"
-        )
 
 
 def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> None:
@@ -88,7 +77,6 @@ def initialize(
         max_rows=max_rows,
         timeout_seconds=timeout_seconds,
     )
-    _check_frozen(model, ds_config)
     if callable(model_parameters):
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))

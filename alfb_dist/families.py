@@ -15,6 +15,21 @@ ADDED_BIAS = "selection_bias"
 """The name in the gate of a selection bias that the family does not have, and gets here."""
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", ADDED_BIAS)
 
+NOT_DONE = {
+    "dbrx": "its experts are rows of one matrix, and it chooses them outside of its router",
+    "jetmoe": "its experts stand in no module of their own, and its attention is a mixture of experts too",
+    "phimoe": "in training it draws its experts at random (SparseMixer), so there is no choice that a bias could move",
+    "zaya": "its bias (balancing_biases) has a class that skips the experts, and the gate's ids tell it as expert 0",
+}
+"""Why families of MoE language models are refused, by transformers' model type. The others are found by structure."""
+
+
+def check_done(model: nn.Module) -> None:
+    """Nothing, or ValueError if the model is of a family that cannot be done."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family in NOT_DONE:
+        raise ValueError(f"{type(model).__name__} ({family}) cannot be balanced: {NOT_DONE[family]}")
+
 
 @dataclass(frozen=True)
 class MoEBlock:
@@ -45,7 +60,7 @@ def num_choices(gate: Any, bias: Tensor | None) -> int:
     if bias is not None:
         return bias.numel()
     num_experts = getattr(gate, "num_experts", None)
-    return num_experts if isinstance(num_experts, int) else int(gate.weight.shape[0])
+    return num_experts if isinstance(num_experts, int) else next(p.shape[0] for p in gate.parameters() if p.dim() == 2)
 
 
 def _gates(module: nn.Module) -> Iterator[nn.Module]:
@@ -65,10 +80,10 @@ def _find_bias(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
 
 
 def _find_plain_gate(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
-    """The same for a gate without a bias that chooses the top k of a matrix with one row for each expert."""
+    """The same for a gate without a bias that has a matrix with one row for each expert."""
     for gate in _gates(module):
         num_experts = count_experts(module.get_submodule("experts"))
-        if isinstance(getattr(gate, "top_k", None), int) and score_matrix(gate, num_experts) is not None:
+        if score_matrix(gate, num_experts) is not None:
             return gate, gate, ADDED_BIAS
     return None
 

@@ -7,7 +7,7 @@ transformers' own hooks stay as they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.aux_loss import LossScale, attach, batch_loss, sequence_loss
+from alfb_dist.choice import BiasedChoice, Choice
 from alfb_dist.collectives import Group
 from alfb_dist.families import num_choices, score_matrix
 from alfb_dist.profiling import span
+from alfb_dist.recompute import Run, SameChoice
 from alfb_dist.router import RouterSpec, gate_scores
-from alfb_dist.trial import find_rule, float32_logits, weights_and_ids
+from alfb_dist.trial import find_choice, find_rule, float32_logits, weights_and_ids
 
 
 @dataclass
@@ -30,6 +32,15 @@ class Batch:
     mask_BS: Tensor | None = None  # False on padding; None where nothing is padded
     evaluated_mask_BS: Tensor | None = None  # the same of an evaluation, which a backward still to come must not see
     loss_scale: LossScale = field(default_factory=LossScale)
+    run: Run | None = None  # of a checkpointed layer, while it runs
+
+    def noted(self) -> tuple[tuple[int, int] | None, Tensor | None]:
+        """What a training forward has noted."""
+        return self.shape, self.mask_BS
+
+    def note(self, shape: tuple[int, int] | None, mask_BS: Tensor | None) -> None:
+        """A training forward has this shape and mask."""
+        self.shape, self.mask_BS = shape, mask_BS
 
     def mask_T(self, num_tokens: int, *, evaluated: bool = False) -> Tensor | None:
         """The mask of the forward's tokens in their order. ValueError if it does not fit."""
@@ -98,7 +109,7 @@ class BalancedGate(nn.Module):
     spec: RouterSpec | None  # the rule by which the gate's logits become its weights and ids, where it is one of ours
     fast: bool  # whether our routing replaces the family's: also its logits are ours, bit for bit
     bias_name: str  # in its holder
-    bias_added: bool  # whether the family has none: its choice is made again, with the bias
+    choice: Choice | None  # how the family's own forward chooses, where it has no bias and ours stands in for it
     weight_name: str  # of the matrix that gives the logits
     batch: Batch
     aux: AuxLosses
@@ -125,29 +136,31 @@ class BalancedGate(nn.Module):
             return self._counted(hidden_states, *args, **kwargs)
 
     def _counted(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.fast:
-            output = self._route(hidden_states)
-        else:
-            output = super().forward(hidden_states, *args, **kwargs)
-            if self.bias_added:
-                output = self._choose_again(*output)
-        logits_TE, weights_TK, ids_TK, others = output[0], output[1], output[2], output[3:]
+        with self.same_choice():
+            if self.fast:
+                output = self._route(hidden_states)
+            elif self.choice is None:
+                output = super().forward(hidden_states, *args, **kwargs)
+            else:
+                with BiasedChoice(self.bias_E, of_logits=self.choice.of_logits) as choice:
+                    output = super().forward(hidden_states, *args, **kwargs)
+        at = 1 if self.choice is None else self.choice.weights_at
+        ids_TK = output[2] if self.choice is None else choice.ids_TK
         if self.training and torch.is_grad_enabled():
-            return logits_TE, self._observe(logits_TE, weights_TK, ids_TK), ids_TK, *others
+            return *output[:at], self._observe(output[0], output[at], ids_TK), *output[at + 1 :]
         if self.measured_load_E is not None:
             mask_T = self.batch.mask_T(ids_TK.shape[0], evaluated=True)
             self.measured_load_E = self.measured_load_E + self._load(ids_TK, mask_T)
         return output
 
+    def same_choice(self) -> Any:
+        """The context in which a recompute chooses as the first run of its layer did."""
+        return nullcontext() if self.batch.run is None else SameChoice(self.batch.run, self.bias_E.numel())
+
     def _route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert self.spec is not None
         logits_TE = float32_logits(hidden_states, self.get_parameter(self.weight_name))
         return logits_TE, *weights_and_ids(logits_TE, self.bias_E, self.spec)
-
-    def _choose_again(self, logits_TE: Tensor, weights_TK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.spec is not None
-        ours_TK, ids_TK = weights_and_ids(logits_TE.float(), self.bias_E, self.spec)
-        return logits_TE, ours_TK.to(weights_TK.dtype), ids_TK
 
     def _load(self, ids_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         counted = ids_TK if mask_T is None else ids_TK[mask_T]
@@ -203,8 +216,8 @@ def balance_gate(
     """The gate itself, now a BalancedGate: in place, idempotent. Its bias is a float32 buffer from here on.
 
     holder: the module with the bias, the gate unless given. A gate without a bias gets one of 0, which leaves its
-    outputs as they are. Raises ValueError, and changes nothing, if that or an auxiliary loss is asked for and the rule
-    of the gate is none of ours.
+    outputs as they are. Raises ValueError, and changes nothing, if it does not choose by one top-k, or if an auxiliary
+    loss is asked for and the rule of the gate is none of ours.
     """
     if not isinstance(gate, BalancedGate):
         spec, fast = find_rule(gate, bias_name, holder or gate)
@@ -217,21 +230,22 @@ def balance_gate(
 
 
 def _make_balanced(gate: Any, bias_name: str, holder: nn.Module, spec: RouterSpec | None, fast: bool) -> None:
-    bias, added = getattr(holder, bias_name, None), False
-    if bias is None and spec is None:
+    bias = getattr(holder, bias_name, None)
+    choice = find_choice(gate) if bias is None and not fast else None
+    if bias is None and choice is None and not fast:
         raise ValueError(
-            f"{type(gate).__name__} has no selection bias and cannot get one: its choice and weights are not, bit for "
-            "bit, those of the top k of a sigmoid or softmax of its logits"
+            f"{type(gate).__name__} has no selection bias and cannot get one: it does not choose by one top-k over its "
+            "experts that decides its weights"
         )
     weight_name = score_matrix(gate, num_choices(gate, bias))
     if bias is None:
-        bias, added = torch.zeros(num_choices(gate, None), device=next(gate.parameters()).device), True
+        bias = torch.zeros(num_choices(gate, None), device=next(gate.parameters()).device)
     _hold_bias(holder, bias_name, bias)
     _mix(gate, BalancedGate, *([BiasHolder] if holder is gate else []))
     if holder is not gate:
         _mix(holder, BiasHolder)
     gate.__dict__["_holder"] = holder  # not a submodule: it may be the gate's parent
-    gate.spec, gate.fast, gate.bias_name, gate.bias_added = spec, fast, bias_name, added
+    gate.spec, gate.fast, gate.bias_name, gate.choice = spec, fast, bias_name, choice
     gate.weight_name = weight_name or ""
     gate.pending_load_E = gate.measured_load_E = None
 

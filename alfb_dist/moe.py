@@ -14,6 +14,7 @@ from alfb_dist.dispatch import combine, dispatch
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts import expert_mlp
 from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
+from alfb_dist.frozen import let_experts_be_frozen
 from alfb_dist.profiling import span
 from alfb_dist.topology import Grid, grid_ranks
 
@@ -57,11 +58,16 @@ class ShardedExperts(AutoEPMoELayer):
         shard.group_name = self.ep_group_name  # type: ignore[attr-defined]
         return shard
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of each token's experts, wherever they live: (T, D); collective over the EP group.
 
         An id beyond the experts with weights is one that gives the token back (LongCat); it stays on this rank.
+        Without ids, hidden_states are (E T, D), each expert's rows in turn, and so is the output.
         """
+        if top_k_index is None or top_k_weights is None:
+            return self._rows_by_expert(hidden_states)
         identity_TK = top_k_index >= self.num_experts if any(self.unread_rows.values()) else None
         if identity_TK is not None:
             top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
@@ -87,10 +93,20 @@ class ShardedExperts(AutoEPMoELayer):
         with span("combine"):
             return combine(out_RD, route)
 
+    def _rows_by_expert(self, rows_ED: Tensor) -> Tensor:
+        """What each expert makes of its own rows. A row of zeros, which means that the expert was not chosen (Llama 4),
+        goes nowhere: it would give zeros."""
+        chosen_S = rows_ED.detach().any(-1).nonzero().flatten()
+        ids_S1 = (chosen_S // (rows_ED.shape[0] // self.num_experts))[:, None]
+        out_SD = self(rows_ED.index_select(0, chosen_S), ids_S1, torch.ones_like(ids_S1, dtype=torch.float32))
+        return torch.zeros_like(rows_ED).index_copy(0, chosen_S, out_SD)
+
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
     ) -> None:
-        """DeepSpeed uses our groups, which have our timeout; groups that it makes itself wait 30 minutes."""
+        """DeepSpeed uses our groups, which have our timeout; groups that it makes itself wait 30 minutes. It calls this
+        before it makes the optimizer."""
+        let_experts_be_frozen()
         if use_data_before_expert_parallel_ or folding_group_handles is not None:
             raise ValueError("alfb_dist lays ranks out expert-parallel first, without tensor-parallel folding")
         if self.grid is None:

@@ -90,7 +90,7 @@ def start(config: Config) -> Run:
     return run
 
 
-def bias_mode(config: Config) -> str:
+def bias_mode(config: Config) -> str | tuple[str, ...]:
     """The Balancer's mode: "auto" freezes the biases of a released model and trains those of a new one."""
     if config.balance.mode != "auto":
         return config.balance.mode

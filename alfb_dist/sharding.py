@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from alfb_dist.collectives import size, world_group
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts.family import is_swiglu, why_whole
-from alfb_dist.families import MoEBlock, moe_blocks
+from alfb_dist.families import MoEBlock, check_done, moe_blocks
 from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate
 from alfb_dist.moe import ShardedExperts, sharded_experts
+from alfb_dist.recompute import remember_runs
 from alfb_dist.topology import make_grid
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,6 +24,7 @@ def _check(model: nn.Module, blocks: list[MoEBlock], ep_degree: int) -> None:
     family = type(model).__name__
     if sharded_experts(model):
         raise ValueError(f"this {family} is parallelised already")
+    check_done(model)
     if not blocks:
         raise ValueError(f"{family} has no MoE block with a gate that carries a selection bias")
     if not isinstance(ep_degree, int) or ep_degree < 1:
@@ -64,7 +66,7 @@ def _note_batch(model: nn.Module) -> None:
     """Before each forward, the batch's shape and padding are known to the gates, whichever way the model is called.
 
     They are noted where the token ids and the mask come last together: wrappers and heads around that do not matter.
-    An evaluation leaves those of the last training forward: a backward still to come may recompute with them.
+    An evaluation leaves those of the last training forward. A checkpointed layer is recomputed with those that it had.
     """
     innermost = ([model, *_around_gates(model, "input_ids", "attention_mask")])[-1]
     signature = inspect.signature(innermost.forward)
@@ -72,25 +74,32 @@ def _note_batch(model: nn.Module) -> None:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate, given = _first_gate(module), signature.bind_partial(*args, **kwargs).arguments
         batch, given = gate.batch, {**given, **given.get("kwargs", {})}
-        if not (gate.training and torch.is_grad_enabled()):
-            batch.evaluated_mask_BS = padding_mask(given.get("attention_mask"))
-            return
         inputs = next((given[k] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None), None)
-        batch.shape = None if inputs is None else (inputs.shape[0], inputs.shape[1])
+        shape = None if inputs is None else (inputs.shape[0], inputs.shape[1])
+        mask_BS = padding_mask(given.get("attention_mask"), None if shape is None else shape[1])
+        if not (gate.training and torch.is_grad_enabled()):
+            batch.evaluated_mask_BS = mask_BS
+            return
+        batch.note(shape, mask_BS)
         batch.loss_scale.gradient = None
-        batch.mask_BS = padding_mask(given.get("attention_mask"))
 
     innermost.register_forward_pre_hook(before, with_kwargs=True)
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing") and any(isinstance(m, BalancedGate) for m in module.modules()):
+            module.register_forward_pre_hook(lambda module, _: remember_runs(module, _first_gate(module).batch))
 
 
-def padding_mask(attention_mask: Any) -> Tensor | None:
+def padding_mask(attention_mask: Any, positions: int | None = None) -> Tensor | None:
     """True on tokens and False on padding, or None if nothing is known to be padded.
 
-    A (B, S) mask marks padding with 0. Other forms (4-D masks, mask objects) say who attends to whom, not what is
-    padding, and every token counts.
+    A (B, S) mask marks padding with 0. One with more columns than the batch has positions begins with those of a cache
+    or of a learned prefix, which are not routed: the last ones count. Other forms (4-D masks, mask objects) say who
+    attends to whom, not what is padding, and every token counts.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
+    if positions is not None:
+        attention_mask = attention_mask[:, -positions:]
     mask_BS = attention_mask != 0
     return None if bool(mask_BS.all()) else mask_BS
 
@@ -115,6 +124,7 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
         if aux is not None and aux.on:
             raise ValueError("auxiliary losses come with parallelize, which must be called before a Balancer is made")
         return gates
+    check_done(model)
     batch, aux = Batch(), aux or AuxLosses()
     gates = [balance_gate(b.gate, b.bias_name, batch, aux, b.holder) for b in moe_blocks(model)]
     if gates:
@@ -145,8 +155,6 @@ def parallelize(
     max_rows: rows of tokens that a rank's experts hold at once; more come in pieces, which are computed again in the
         backward, so that memory does not follow the busiest rank. At least ep_degree; 0: all at once.
     timeout_seconds: of every exchange in the groups made here.
-    With reentrant activation checkpointing, let a micro-batch's backward follow its forward: the recompute counts
-    padding by the newest training forward's attention mask.
     Raises ValueError before any collective: no supported MoE block, sizes that do not divide, or already parallelised.
     """
     blocks = list(moe_blocks(model))

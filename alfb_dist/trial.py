@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from alfb_dist.choice import BiasedChoice, Choice
 from alfb_dist.families import num_choices, score_matrix
 from alfb_dist.router import RouterSpec, choose_experts, combine_weights, gate_scores
 
@@ -54,6 +55,40 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
+def _others(gate: Any, like: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random positive values for all that the gate holds, of which much is 0 or 1 in a new model and hardly shows."""
+    held = [(name, p, like) for name, p in gate.named_parameters()]
+    held += [(name, b, b.dtype) for name, b in gate.named_buffers() if b.is_floating_point()]
+    return {
+        name: (torch.rand(x.shape, generator=generator, device=CPU) + 0.5).to(_device(x), dtype)
+        for name, x, dtype in held
+    }
+
+
+def _device(x: Tensor) -> torch.device:
+    return CPU if x.device.type == "meta" else x.device
+
+
+def _replaced(gate: Any, name: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Random tokens, and random values for all that the gate holds; `name` is the matrix that gives the logits."""
+    weight_ED = gate.get_parameter(name)
+    device = _device(weight_ED)
+    x_TD = torch.randn(64, weight_ED.shape[1], generator=generator, device=CPU).to(device, dtype)
+    random_ED = torch.randn(weight_ED.shape, generator=generator, device=CPU) / weight_ED.shape[1] ** 0.5
+    return x_TD, {**_others(gate, dtype, generator), name: random_ED.to(device, dtype)}
+
+
+def _called(gate: Any, replaced: dict[str, Tensor], x_TD: Tensor, *given: Tensor) -> Iterator[tuple[Any, ...]]:
+    """What the gate makes of the tokens, in the shapes in which it takes them."""
+    for x in (x_TD, x_TD.unflatten(0, (4, 16))):
+        try:
+            outputs = functional_call(gate, replaced, (x, *given))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            continue
+        if isinstance(outputs, tuple):
+            yield outputs
+
+
 def _try(gate: Any, bias_name: str, holder: nn.Module, dtype: torch.dtype, shift: float) -> _Trial | None:
     """A trial of the gate, or None if it is called in another way than we know or returns other things.
 
@@ -63,28 +98,49 @@ def _try(gate: Any, bias_name: str, holder: nn.Module, dtype: torch.dtype, shift
     name = score_matrix(gate, num_choices(gate, bias))
     if name is None:
         return None
-    weight_ED, generator = gate.get_parameter(name), torch.Generator(CPU).manual_seed(0)
-    device = CPU if weight_ED.device.type == "meta" else weight_ED.device
-    x_TD = torch.randn(64, weight_ED.shape[1], generator=generator, device=CPU).to(device, dtype)
-    weight_ED = (torch.randn(weight_ED.shape, generator=generator, device=CPU) / weight_ED.shape[1] ** 0.5).to(
-        device, dtype
-    )
-    replaced, given = {name: weight_ED}, []
+    generator = torch.Generator(CPU).manual_seed(0)
+    x_TD, replaced = _replaced(gate, name, dtype, generator)
+    given = []
     if bias is not None:
-        bias = (torch.randn(bias.shape, generator=generator, device=CPU) + shift).to(device)
+        bias = (torch.randn(bias.shape, generator=generator, device=CPU) + shift).to(x_TD.device)
         prefixes = [prefix for prefix, module in gate.named_modules() if module is holder]
         if prefixes:
             replaced[f"{prefixes[0]}.{bias_name}".lstrip(".")] = bias
         else:  # the block holds the bias and hands it to the gate
             given.append(bias)
-    for x in (x_TD, x_TD.unflatten(0, (4, 16))):
-        try:
-            outputs = functional_call(gate, replaced, (x, *given))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-            continue
-        if isinstance(outputs, tuple) and len(outputs) >= 3 and outputs[2].shape[0] == 64:
-            return _Trial(x_TD, weight_ED, bias, outputs)
+    for outputs in _called(gate, replaced, x_TD, *given):
+        if len(outputs) >= 3 and outputs[2].shape[0] == 64:
+            return _Trial(x_TD, replaced[name], bias, outputs)
     return None
+
+
+@torch.no_grad()
+def find_choice(gate: Any) -> Choice | None:
+    """How a gate without a bias chooses, or None unless it takes one top-k over its experts, for each token, and that
+    decides one of its outputs."""
+    name, num_experts = score_matrix(gate, num_choices(gate, None)), num_choices(gate, None)
+    if name is None:
+        return None
+    generator = torch.Generator(CPU).manual_seed(0)
+    x_TD, replaced = _replaced(gate, name, torch.float32, generator)
+    bias_E = torch.randn(num_experts, generator=generator, device=CPU).to(x_TD.device) * 4
+    seen = []
+    for one_E in (bias_E * 0, bias_E):
+        with BiasedChoice(one_E, of_logits=False) as choice:
+            outputs = next(_called(gate, replaced, x_TD), None)
+        if outputs is None or choice.num_calls != 1 or choice.ids_TK is None or len(choice.ids_TK) != len(x_TD):
+            return None
+        seen.append((outputs, choice.ids_TK, choice.ranked_TE))
+    (plain, _, ranked_TE), (biased, ids_TK, _) = seen
+    changed = {i for i, (a, b) in enumerate(zip(plain, biased)) if _differ(a, b)}
+    # Weights of the one chosen expert may be 1 whichever it is.
+    at = {1} if len(biased) > 2 and torch.equal(biased[2], ids_TK) else changed
+    assert ranked_TE is not None
+    return Choice(bool(ranked_TE.min() < 0 or ranked_TE.max() > 1), *at) if len(at) == 1 and changed <= at else None
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point() and not torch.equal(a, b)
 
 
 def _specs(gate: Any) -> Iterator[RouterSpec]:

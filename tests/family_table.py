@@ -13,27 +13,9 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from alfb_dist import parallelize
-from alfb_dist.families import moe_blocks
+from alfb_dist.families import NOT_DONE, moe_blocks
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
-NO_RULE = "its choice and weights are not, bit for bit, those of the top k of a sigmoid or softmax of its logits"
-NO_GATE = "no gate that we recognise beside its experts"
-NOT_DONE = {
-    "aria_text": NO_RULE,
-    "cohere2_moe": NO_RULE,
-    "dbrx": "no fused experts; transformers 5.23 cannot build its default configuration",
-    "gemma4_text": NO_GATE,
-    "gpt_oss": NO_RULE,
-    "granitemoe": NO_RULE,
-    "granitemoe_swa": NO_RULE,
-    "granitemoehybrid": NO_RULE,
-    "granitemoeshared": NO_RULE,
-    "jetmoe": NO_GATE,
-    "llama4_text": "its experts see every token, scaled before and not after them",
-    "phimoe": NO_RULE,
-    "zaya": "its bias (balancing_biases) has a class that skips the experts, and the gate's ids tell it as expert 0",
-}
-"""Families of MoE language models that are refused. Only Zaya has a selection bias of its own."""
 NOT_LANGUAGE_ONLY = ["ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "muse_spark", "step3p7"]
 """Model folders with a selection bias and no causal language model of their own."""
 

@@ -13,8 +13,8 @@ from tiny import biases, set_biases, tiny_batch, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from alfb_dist.balancer import Balancer
-from alfb_dist.config import ConfigError, load_config
+from alfb_dist.balancer import MODES, Balancer
+from alfb_dist.config import ConfigError, config_to_toml, load_config, tables
 from alfb_dist.engine import initialize
 from alfb_dist.run import bias_mode
 
@@ -164,3 +164,57 @@ def test_named_mode_counts(configured: Any, path: bool, mode: str) -> None:
 def test_unknown_mode_is_named(configured: Any) -> None:
     with pytest.raises(ConfigError, match=r"balance.mode .*off"):
         configured(False, "balance.mode=off")
+
+
+SIZES = ["model.config.num_hidden_layers=4", "model.config.first_k_dense_replace=2"]
+
+SPARSE = ["model.family=exaone_moe", 'model.config.mlp_layer_types=["dense", "sparse", "sparse"]']
+SPARSE += ["model.config.num_hidden_layers=3"]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SPARSE])
+def test_modes_by_layer_are_read_and_written(configured: Any, tmp_path: Path, sizes: list[str]) -> None:
+    config = configured(False, *sizes, 'balance.mode=["freeze", "recentre"]')
+    assert bias_mode(config) == ("freeze", "recentre") and tables.MODES == MODES
+    (tmp_path / "again.toml").write_text(config_to_toml(config))
+    assert load_config(tmp_path / "again.toml", []) == config
+
+
+def test_modes_by_layer_count_the_layers_of_a_released_model_too(configured: Any) -> None:
+    assert bias_mode(configured(True, 'balance.mode=["train", "freeze"]')) == ("train", "freeze")
+    with pytest.raises(ConfigError, match=r"balance.mode \(3 modes\) must name one for each of the 2 layers of"):
+        configured(True, 'balance.mode=["train", "freeze", "train"]')
+
+
+@pytest.mark.parametrize(
+    ("mode", "text"),
+    [
+        ("freze", r'balance.mode \("freze"\) must be .*; did you mean "freeze"\?'),
+        ('["train", "auto"]', r'balance.mode \(\["train", "auto"\]\) must be .* a list of the last three'),
+        ("[]", r"balance.mode \(\[\]\) must be"),
+        ("3", r"balance.mode \(3\) must be"),
+        ('["train"]', r"balance.mode \(1 modes\) .* each of the 2 layers of experts: .*num_hidden_layers \(4\) less"),
+        ('["train", "train", "freeze"]', r"balance.mode \(3 modes\) .* each of the 2 layers of experts"),
+    ],
+)
+def test_modes_that_are_not_valid_are_refused_before_anything_starts(configured: Any, mode: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        configured(False, *SIZES, f"balance.mode={mode}")
+
+
+@pytest.mark.parametrize("freeze", ["mode", "no Balancer", "rate"])
+def test_frozen_biases_keep_every_bit_while_all_else_trains(freeze: str) -> None:
+    """Whatever the training does: Adam on all parameters, casts, evaluations and a reload."""
+    model = tiny_model(3)
+    set_biases(model, torch.tensor([[5.001, 35.123456, -2.5, 1e-8, 0.1, 1 / 3, 2**-20, 7.0]] * 2))
+    before = biases(model)
+    given: dict[str, Any] = {"mode": {"mode": "freeze"}, "rate": {"rate": 0.0}}.get(freeze, {})
+    balancer = None if freeze == "no Balancer" else Balancer(model, **given)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        model(**tiny_batch(step, 2, 6)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if balancer is not None:
+            balancer.step()
+    assert torch.equal(biases(model).view(torch.int32), before.view(torch.int32))

@@ -71,10 +71,19 @@ def fine_tuned(
     return trainer, callback
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole model", "LoRA"])
-def test_each_real_token_counts_once_prompts_too(tmp_path: Path, lora: bool) -> None:
-    peft_config = LoraConfig(r=2, target_modules=["o_proj"]) if lora else None
-    trainer, callback = fine_tuned(tmp_path, tiny_model(3), peft_config)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole model": {},
+    "LoRA": {"peft_config": LoraConfig(r=2, target_modules=["o_proj"])},
+    "without padding": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 8, "dataset_kwargs": {}},
+    "packed and cut": {"packing": True, "packing_strategy": "wrapped", "max_length": 8, "dataset_kwargs": {}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")  # trl, of attention that does not tell sequences apart
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_real_token_counts_once_prompts_too(tmp_path: Path, variant: str) -> None:
+    trainer, callback = fine_tuned(tmp_path, tiny_model(3), **VARIANTS[variant])
     balancer = callback.balancer
     assert balancer is not None and balancer.num_steps == 1
     assert balancer.load_LE.sum(1).tolist() == [sum(LENGTHS) * TOP_K] * 2

@@ -18,6 +18,7 @@ from alfb_dist.engine import quiet
 
 RATE = 0.01
 FOUR = ["afmoe", "deepseek_v4", "ernie4_5_moe", "inkling_text", "longcat_flash", "mixtral", "nemotron_h"]
+FOUR += ["gpt_oss", "llama4_text"]
 """The odd ones, which also run on four ranks, where some get no token at all."""
 
 
@@ -97,7 +98,7 @@ def test_bias_moves_by_the_rule_and_alike_on_all_ranks(
     assert all(result[family]["bias"] == by_case[case][0][family]["bias"] for result in by_case[case])
 
 
-UNDER_DEEPSPEED = ["deepseek_v4", "ernie4_5_moe", "hy_v3", "longcat_flash", "mixtral", "nemotron_h"]
+UNDER_DEEPSPEED = ["deepseek_v4", "ernie4_5_moe", "hy_v3", "longcat_flash", "llama4_text", "mixtral", "nemotron_h"]
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "SGD", "params": {"lr": 0.1}},

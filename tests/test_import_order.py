@@ -21,7 +21,7 @@ ROOT = PACKAGE.name
 ORDER = """
     stop profiling config topology collectives agreement metrics balance router aux_loss
     arena shared_memory exchange dispatch bounded experts attention
-    families trial gate moe sharding mend autoep balancer callback
+    recompute choice families trial gate frozen moe sharding mend autoep balancer callback
     model data ds_config engine checkpoint pretrained
     report estimate run_folder run train bench doctor cli
 """.split()

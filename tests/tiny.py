@@ -9,10 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-VOCAB = 61
+from alfb_dist.sharding import watch
+
+VOCAB, TOP_K = 61, 4
 GROUP_LIMITED: dict[str, int] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 """Overrides for `tiny_model`: each token's four experts come from two of four groups of four."""
+CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
+"""What `use_reentrant` is in each kind of activation checkpointing."""
 
 
 def tiny_config(**overrides: Any) -> DeepseekV3Config:
@@ -27,7 +32,7 @@ def tiny_config(**overrides: Any) -> DeepseekV3Config:
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "n_routed_experts": 8,
-        "num_experts_per_tok": 4,
+        "num_experts_per_tok": TOP_K,
         "n_shared_experts": 1,
         "n_group": 1,
         "topk_group": 1,
@@ -171,3 +176,51 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
         grid = next(iter(shards.values()))
         expert = {n: _gathered(g, grid.ep_group) for n, g in _summed(expert, grid.expert_data_group).items()}
     return {name: (expert if name in expert else dense)[name] for name in parameters}
+
+
+def counted_model(seed: int = 0, *, checkpointing: str = "none", **overrides: Any) -> nn.Module:
+    """A model with random biases whose gates count."""
+    model = tiny_model(seed, **overrides)
+    set_biases(model, random_biases(model, seed))
+    if CHECKPOINTING[checkpointing] is not None:
+        model.activation_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+    watch(model)
+    return model
+
+
+def plain_model(seed: int = 0, **overrides: Any) -> nn.Module:
+    """transformers' own, with the weights and biases of a counted one."""
+    model = tiny_model(seed, **overrides)
+    set_biases(model, random_biases(model, seed))
+    return model
+
+
+def train_on(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """A forward and its backward."""
+    model(**batch).loss.backward()
+
+
+def pending(model: nn.Module) -> Tensor:
+    """The loads that wait for the next update, zeros where a gate has seen none."""
+    zero = torch.zeros(gates(model)[0].bias_E.numel(), dtype=torch.int64)
+    loads = [zero if g.pending_load_E is None else g.pending_load_E for g in gates(model)]
+    assert all(load_E.dtype == torch.int64 for load_E in loads)
+    return torch.stack(loads)
+
+
+class SharedGate(nn.Module):
+    """Two depths of MoE blocks that share one gate of 4 experts, top 1; token i goes to expert i of its one-hot row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = tiny_config(hidden_size=4, n_routed_experts=4, num_experts_per_tok=1, moe_intermediate_size=2)
+        self.first, self.second = DeepseekV3MoE(config), DeepseekV3MoE(config)
+        self.second.gate = self.first.gate
+        with torch.no_grad():
+            self.first.gate.weight.copy_(5 * torch.eye(4))
+            for block in (self.first, self.second):
+                for p in block.experts.parameters():
+                    nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, first_SD: Tensor, second_SD: Tensor) -> Tensor:
+        return self.first(first_SD[None]).sum() + self.second(second_SD[None]).sum()

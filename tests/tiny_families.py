@@ -191,6 +191,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_num_heads": 2,
         "mamba_head_dim": 8,
     },
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1, "head_dim": 12},
+    "cohere2_moe": {**EIGHT, "first_k_dense_replace": 1, "num_shared_experts": 1},
+    "gemma4_text": {
+        **EIGHT,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
+    "gpt_oss": {"num_local_experts": 8, "sliding_window": 4},
+    "granitemoe": {"num_local_experts": 8, "head_dim": 12},
+    "granitemoe_swa": {"num_local_experts": 8, "sliding_window": 4},
+    "granitemoehybrid": {
+        "num_local_experts": 8,
+        "layer_types": ["attention", "attention"],
+        "shared_intermediate_size": 16,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 24,
+    },
+    "granitemoeshared": {"num_local_experts": 8, "shared_intermediate_size": 16},
+    "llama4_text": {"num_local_experts": 8, "moe_layers": [0, 1], "intermediate_size_mlp": 16},
     "olmoe": {**EIGHT, "head_dim": 12},
     "qwen2_moe": {**EIGHT, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**EIGHT},
@@ -233,10 +256,21 @@ def set_biases(model: nn.Module, seed: int, shift: float = 0.0, last: float = 0.
         bias.data[..., 4:] += last
 
 
+def logits_weights_ids(output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gate of transformers gave out; Llama 4's weighs all experts, those not chosen by 0."""
+    if len(output) > 2:
+        return output[0], output[1], output[2]
+    scores_TE, logits_TE = output
+    ids_TK = (scores_TE != 0).nonzero()[:, 1].view(len(scores_TE), -1)
+    return logits_TE, scores_TE.gather(1, ids_TK), ids_TK
+
+
 def expected_load(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """int64 (L, E): how often the gates of a model of transformers choose each expert, counted one by one."""
     blocks, chosen = list(moe_blocks(model)), []
-    hooks = [b.gate.register_forward_hook(lambda _, __, output: chosen.append(output[2])) for b in blocks]
+    hooks = [
+        b.gate.register_forward_hook(lambda _, __, output: chosen.append(logits_weights_ids(output)[2])) for b in blocks
+    ]
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:

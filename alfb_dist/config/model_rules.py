@@ -185,6 +185,22 @@ def expert_layers(settings: Settings) -> Iterator[str]:
         yield f"{dense_label} must be less than {layers_label}: without a layer of experts there is nothing to balance"
 
 
+def bias_modes(settings: Settings) -> Iterator[str]:
+    """One bias mode for each layer of experts, as far as their number is known before the model is built."""
+    modes, model = settings("balance.mode"), _model(settings)
+    if isinstance(modes, str):
+        return
+    kinds = model.given.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        label, layers = f"the sparse ones of {model.prefix}mlp_layer_types", kinds.count("sparse")
+    else:
+        layers_label, layers = model.at_least_1("num_hidden_layers")
+        dense_label, dense = model.find("first_k_dense_replace")
+        label, layers = f"{layers_label} less {dense_label}", layers - dense
+    if len(modes) != layers > 0:
+        yield f"balance.mode ({len(modes)} modes) must name one for each of the {layers} layers of experts: {label}"
+
+
 def attention_heads(settings: Settings) -> Iterator[str]:
     model = _model(settings)
     label, heads = model.at_least_1("num_attention_heads")
@@ -220,6 +236,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     model_sizes,
     expert_choice,
     expert_layers,
+    bias_modes,
     attention_heads,
     expert_shards,
     vocabulary,

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from alfb_dist.config.keys import family_keys
 from alfb_dist.config.model_rules import MODEL_RULES
@@ -29,6 +29,21 @@ RULES = (*MODEL_RULES, *TABLE_RULES)
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], Field(strict=False)]  # not strict: TOML has lists, no tuples
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+MODES = ("train", "freeze", "recentre")
+
+
+def _bias_mode(value: Any) -> str | tuple[str, ...]:
+    """A mode for all layers, or a list of one for each. Named like a wrong choice, so that the nearest one is told."""
+    if isinstance(value, str) and value in ("auto", *MODES):
+        return value
+    if isinstance(value, list | tuple) and value and all(mode in MODES for mode in value):
+        return tuple(value)
+    raise PydanticCustomError(
+        "literal_error",
+        "Input should be 'auto', 'train', 'freeze', 'recentre' or a list of the last three",
+    )
 
 
 class _Table(BaseModel):
@@ -87,9 +102,10 @@ class BalanceConfig(_Table):
     rule: Literal["sign", "proportional", "rms"] = Field(default="sign", description="update rule of the bias")
     rate: float = Field(default=0.001, ge=0, le=1, description="score units per optimizer step; 0 freezes the bias")
     centered: bool = Field(default=False, description="take the mean out of every update")
-    mode: Literal["auto", "train", "freeze", "recentre"] = Field(
+    mode: Annotated[str | tuple[str, ...], PlainValidator(_bias_mode)] = Field(
         default="auto",
-        description='what happens to the biases; recentre: the mean is taken out once; "auto": freeze with model.path',
+        description="what happens to the biases, in all layers of experts or, by a list, in each; recentre: the mean "
+        'is taken out once; "auto": freeze with model.path',
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps in which the rate rises linearly from 0")
     zero_at_step: int | None = Field(default=None, ge=1, description="step from which on the rate is 0")
@@ -259,9 +275,13 @@ def _kind(field: FieldInfo) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(to_value(choice) for choice in get_args(annotation))
     if get_origin(annotation) is UnionType:
-        return " or ".join("null" if kind is type(None) else kind.__name__ for kind in get_args(annotation))
+        return " or ".join(_type_name(kind) for kind in get_args(annotation))
+    return _type_name(annotation)
+
+
+def _type_name(annotation: Any) -> str:
     name = getattr(get_origin(annotation) or annotation, "__name__", str(annotation))
-    return {"tuple": "list", "dict": "table"}.get(name, name)
+    return {"tuple": "list", "dict": "table", "NoneType": "null"}.get(name, name)
 
 
 def _bounds(field: FieldInfo) -> str:

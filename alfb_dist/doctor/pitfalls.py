@@ -50,17 +50,18 @@ def judge_annealing(rate: float, zero_at: int | None, steps: int) -> Result:
     return ok(check, "short run" if zero_at is None else f"rate 0 from step {zero_at} of {steps}")
 
 
-def judge_mode(path: str, mode: str, rate: float) -> Result:
-    """Whether what happens to a released model's biases was decided."""
-    check = "config: balance.mode"
+def judge_mode(path: str, mode: str | tuple[str, ...], rate: float) -> Result:
+    """Whether what happens to a released model's biases was decided. mode: one for all layers, or one for each."""
+    check, modes = "config: balance.mode", {mode} if isinstance(mode, str) else set(mode)
+    told = mode if isinstance(mode, str) else "by layer: " + ", ".join(mode)
     if path and mode == "auto":
         mend = 'balance.mode = "train" or "recentre" to keep balancing, "freeze" if that is meant'
         return warning(check, "auto, with a released model: its biases stay as released", mend)
-    if mode == "freeze" and not path:
-        return warning(check, "freeze, with a new model: its biases stay 0", 'balance.mode = "train"')
-    if path and mode in ("train", "recentre") and rate > 0:
-        return ok(check, f"{mode}: the biases of {path} move")
-    return ok(check, mode)
+    if modes == {"freeze"} and not path:
+        return warning(check, f"{told}, with a new model: its biases stay 0", 'balance.mode = "train"')
+    if path and modes & {"train", "recentre"} and rate > 0:
+        return ok(check, f"{told}: the biases of {path} move")
+    return ok(check, told)
 
 
 def judge_losses(rate: float, sequence_alpha: float, batch_alpha: float) -> Result:

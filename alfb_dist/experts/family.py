@@ -58,9 +58,32 @@ def _replica(experts: nn.Module, parameters: dict[str, Tensor]) -> Any:
     return part_of(experts, owner, next(iter(parameters.values())).shape[0])
 
 
+def takes_rows(experts: nn.Module) -> bool:
+    """Whether the module is given nothing but rows, weighted already and as many for each expert (Llama 4)."""
+    return len(inspect.signature(type(experts).forward).parameters) == 2
+
+
+def _in_rows(part: Any, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    """The weighted sums over the slots by a module that takes rows: each expert's own, made equally many with zeros."""
+    num_experts, (num_rows, top_k) = count_experts(part), expert_ids_RK.shape
+    ids_S = expert_ids_RK.flatten()
+    order_S = ids_S.argsort(stable=True)
+    sizes_e = torch.bincount(ids_S, minlength=num_experts)
+    place_S = torch.arange(ids_S.numel(), device=ids_S.device) - (sizes_e.cumsum(0) - sizes_e)[ids_S[order_S]]
+    x_emD = x_RD.new_zeros(num_experts, int(sizes_e.max()), x_RD.shape[1])
+    x_emD = x_emD.index_put((ids_S[order_S], place_S), x_RD.repeat_interleave(top_k, 0)[order_S])
+    out_SD = part(x_emD.flatten(0, 1)).view_as(x_emD)[ids_S[order_S], place_S]
+    out_SD = out_SD[order_S.argsort()] * weights_RK.reshape(-1, 1).to(out_SD.dtype)
+    return out_SD.view(num_rows, top_k, -1).sum(1)
+
+
+def _called(part: Any, *inputs: Tensor) -> Any:
+    return _in_rows(part, *inputs) if takes_rows(part) else part(*inputs)
+
+
 def _eager(part: Any, *inputs: Tensor) -> Any:
     """The module's own forward, whatever implementation its configuration names."""
-    return inspect.unwrap(type(part).forward)(part, *inputs)
+    return _in_rows(part, *inputs) if takes_rows(part) else inspect.unwrap(type(part).forward)(part, *inputs)
 
 
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -166,11 +189,11 @@ def _filled_slots(part: Any, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Te
     num_local = count_experts(part)
     row_S, slot_S = (expert_ids_RK < num_local).nonzero(as_tuple=True)
     if row_S.numel() == expert_ids_RK.numel():
-        return part(x_RD, expert_ids_RK, weights_RK)
+        return _called(part, x_RD, expert_ids_RK, weights_RK) if x_RD.numel() else x_RD.clone()
     out_RD = x_RD.new_zeros(x_RD.shape, dtype=torch.promote_types(x_RD.dtype, torch.float32))
     if row_S.numel():
         ids_S1, weights_S1 = expert_ids_RK[row_S, slot_S, None], weights_RK[row_S, slot_S, None]
-        out_SD = part(x_RD.index_select(0, row_S), ids_S1, weights_S1)
+        out_SD = _called(part, x_RD.index_select(0, row_S), ids_S1, weights_S1)
         out_RD = out_RD.index_add(0, row_S, out_SD.to(out_RD.dtype))
     return out_RD.to(x_RD.dtype)
 
