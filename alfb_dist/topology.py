@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from alfb_dist.launcher import discover, local_size
 
 
 @dataclass(frozen=True)
@@ -63,52 +64,10 @@ def make_grid(ep_degree: int, *, timeout_seconds: float = 600) -> Grid:
     return Grid(ep_degree, ep_groups[rank // ep_degree], data_groups[rank % ep_degree], world)
 
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def discover() -> tuple[int, int, int]:
-    """(rank, world size, local rank), with the variables that torch.distributed reads set in the environment.
-
-    The deepspeed launcher and torchrun set them; under mpirun they are found through mpi4py. A plain process is a world
-    of one. Raises RuntimeError if started by mpirun without mpi4py.
-    """
-    if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
-        if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
-            _discover_mpi()
-        elif not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
-            alone = ("0", "1", "0", "127.0.0.1", str(_free_port()))
-            os.environ.update(zip(_LAUNCHER_VARIABLES, alone))
-    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
-    if missing:
-        raise RuntimeError(f"the launcher set only some of {_LAUNCHER_VARIABLES}; missing: {', '.join(missing)}")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
-
-
-def _discover_mpi() -> None:
-    try:
-        from mpi4py import MPI
-    except ImportError as e:
-        raise RuntimeError("started by mpirun, but mpi4py is missing: pip install 'alfb_dist[mpi]'") from e
-    world = MPI.COMM_WORLD
-    node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = MPI.Get_processor_name() if world.size > node.size else "127.0.0.1"
-    address, port = world.bcast((address, _free_port()), root=0)
-    values = (world.rank, world.size, node.rank, address, port)
-    os.environ.update(zip(_LAUNCHER_VARIABLES, map(str, values)))
-
-
 def _share_cores() -> None:
     """The ranks of a node share its cores evenly, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-        ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
 
 
 def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
@@ -135,8 +94,6 @@ def leave(code: int) -> NoReturn:
         sys.exit(code)
     dist.barrier()
     dist.destroy_process_group()
-    if "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +20,16 @@ from alfb_dist.run import Run, start
 from alfb_dist.stop import DONE, PREEMPTED, StopSignals
 
 
-def train(config: Config) -> int:
-    """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks."""
+def train(config: Config, stop: StopSignals | None = None, started: Callable[[Run], None] | None = None) -> int:
+    """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks.
+
+    stop: what asks it to stop; signals unless given. started: called once the run stands at its first step.
+    """
     run = start(config)
+    if started is not None:
+        started(run)
     last = stopping = False
-    with StopSignals() as signals:
+    with contextlib.nullcontext(stop) if stop else StopSignals() as signals:
         for step in range(run.first_step + 1, config.train.steps + 1):
             started, lr = time.perf_counter(), run.engine.get_lr()[0]
             batch = next_batch(run, step)

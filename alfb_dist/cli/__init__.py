@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from alfb_dist.cli import checkpoint, data, report, train
+from alfb_dist.cli import checkpoint, data, launch, report, train
 from alfb_dist.cli.launcher import launched_world
 from alfb_dist.config import ConfigError
 from alfb_dist.stop import BAD_CONFIG
 
-COMMANDS = (train, report, data, checkpoint)
+COMMANDS = (train, launch, report, data, checkpoint)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
     arguments = _parser().parse_args(argv)
     # In a training run only a bad configuration is the user's to mend; anything else deserves its traceback.
-    mendable = (ConfigError,) if arguments.command == "train" else (ValueError, OSError)
+    mendable = (ConfigError,) if arguments.command in ("train", "launch") else (ValueError, OSError)
     try:
         return int(arguments.run(arguments))
     except mendable as error:
