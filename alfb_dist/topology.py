@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from alfb_dist.config import ConfigError
 from alfb_dist.launcher import discover, local_size
 
 
@@ -70,9 +72,26 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
 
 
+def _check_port(rank: int) -> None:
+    """Nothing, or ConfigError where rank 0 cannot listen at the port at which the ranks are to meet."""
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
+        return
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"rank 0 on {socket.gethostname()} cannot listen at port {port} ({error}), where the ranks are to meet: "
+            "another run or process has it; give the launcher another --master_port"
+        ) from None
+
+
 def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
-    """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device."""
-    _, _, local_rank = discover()
+    """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device.
+
+    Raises ConfigError on rank 0 if it cannot listen at the port where the ranks are to meet.
+    """
+    rank, _, local_rank = discover()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -80,6 +99,7 @@ def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
     else:
         _share_cores()
     if not dist.is_initialized():
+        _check_port(rank)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     return device
 

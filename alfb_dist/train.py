@@ -20,14 +20,14 @@ from alfb_dist.run import Run, start
 from alfb_dist.stop import DONE, PREEMPTED, StopSignals
 
 
-def train(config: Config, stop: StopSignals | None = None, started: Callable[[Run], None] | None = None) -> int:
+def train(config: Config, stop: StopSignals | None = None, on_start: Callable[[Run], None] | None = None) -> int:
     """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks.
 
-    stop: what asks it to stop; signals unless given. started: called once the run stands at its first step.
+    stop: what asks it to stop; signals unless given. on_start: called once the run stands at its first step.
     """
     run = start(config)
-    if started is not None:
-        started(run)
+    if on_start is not None:
+        on_start(run)
     last = stopping = False
     with contextlib.nullcontext(stop) if stop else StopSignals() as signals:
         for step in range(run.first_step + 1, config.train.steps + 1):

@@ -12,6 +12,7 @@ from pathlib import Path
 from alfb_dist.config import ConfigError
 from alfb_dist.launching.environment import variables_for_ranks
 
+
 @dataclass(frozen=True)
 class Launch:
     """Where ranks are started, and by which launcher.
@@ -56,7 +57,9 @@ def _deepspeed(launch: Launch) -> list[str]:
     words = [executable("deepspeed", "pip install deepspeed"), "--log_level", "error"]
     if launch.hosts:
         kind = "openmpi" if launch.launcher == "openmpi" else "pdsh"
-        executable("ompi_info" if kind == "openmpi" else "pdsh", "it starts ranks on other hosts; or take --with mpirun")
+        executable(
+            "ompi_info" if kind == "openmpi" else "pdsh", "it starts ranks on other hosts; or take --with mpirun"
+        )
         words += ["--hostfile", str(launch.hostfile), "--launcher", kind, "--force_multi", "--no_ssh_check"]
         words += ["--master_addr", launch.master_addr]
     else:

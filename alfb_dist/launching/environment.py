@@ -7,7 +7,19 @@ import os
 import tempfile
 from pathlib import Path
 
-_PREFIXES = ("PATH", "LD_LIBRARY_PATH", "PYTHON", "DS_", "OMP_", "NCCL_", "GLOO_", "TP_", "TORCH_", "CUDA_", "ALFB_")
+_PREFIXES: tuple[str, ...] = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHON",
+    "DS_",
+    "OMP_",
+    "NCCL_",
+    "GLOO_",
+    "TP_",
+    "TORCH_",
+    "CUDA_",
+    "ALFB_",
+)
 _PREFIXES += ("TOKENIZERS_", "WANDB_MODE", "WANDB_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _NOT = ("DS_ENV_FILE",)
 

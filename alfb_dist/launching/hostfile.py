@@ -25,7 +25,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
         if not found or not int(found[2]):
-            raise ConfigError(f"{path}, line {number} ({line!r}): must be a host and its ranks, such as 'node1 slots=8'")
+            raise ConfigError(
+                f"{path}, line {number} ({line!r}): must be a host and its ranks, such as 'node1 slots=8'"
+            )
         if found[1] in hosts:
             raise ConfigError(f"{path}, line {number}: {found[1]} is listed twice; give it once, with all its slots")
         hosts[found[1]] = int(found[2])

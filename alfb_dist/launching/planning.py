@@ -24,7 +24,9 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--nodes", type=int, default=1, help="torchrun: number of hosts; start this on each of them")
     group.add_argument("--node-rank", type=int, default=0, help="torchrun: which of them this is")
     group.add_argument("--master-addr", help="where rank 0 listens (default: the first host)")
-    group.add_argument("--master-port", type=int, help=f"its port (default: {MASTER_PORT}, or a free one)")
+    group.add_argument(
+        "--master-port", type=int, help=f"its port (default: a free one; with other hosts {MASTER_PORT})"
+    )
     group.add_argument("--launch-host", help="name or address by which ranks reach this command")
     group.add_argument("--launcher-args", default="", help="further words for the launcher, as one argument")
 
@@ -35,7 +37,7 @@ def plan(asked: argparse.Namespace, ep_degree: int) -> Launch:
     hosts = read_hostfile(hostfile) if hostfile else {}
     addresses = [address_of(host) for host in hosts]
     _check_nodes(asked)
-    here = not hosts and asked.node_rank == 0 and asked.launcher != "srun"
+    here = not hosts and asked.nodes == 1 and asked.launcher != "srun"
     return Launch(
         launcher=asked.launcher,
         ranks=_ranks(asked, hosts, ep_degree),
@@ -103,11 +105,13 @@ def _launch_host(launcher: str, addresses: list[str]) -> str:
 
 
 def _port(asked: int | None) -> int:
-    """The port that was asked for, else the usual one, else a free one. ConfigError if that asked for is taken."""
+    """The port that was asked for, else a free one. ConfigError if that asked for cannot be used."""
+    if asked is None:
+        return free_port()
     try:
-        with socket.create_server(("", MASTER_PORT if asked is None else asked)) as server:
-            return int(server.getsockname()[1])
+        with socket.create_server(("", asked)):
+            return asked
     except (OSError, OverflowError) as error:
-        if asked is None:
-            return free_port()
-        raise ConfigError(f"--master-port ({asked}) cannot be used here ({error}): take another or leave it out") from None
+        raise ConfigError(
+            f"--master-port ({asked}) cannot be used here ({error}): take another or leave it out"
+        ) from None
