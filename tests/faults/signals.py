@@ -1,8 +1,8 @@
 """Signals to every launcher, sent to the command, a rank, the process group and the launcher inside: a save, exit code
 75 and no process left, each time.
 
-    python tests/faults/signals.py --times 20
-    python tests/faults/signals.py --times 5 --launcher torchrun --by-hand
+    PYTHONPATH=tests python -m faults.signals --times 20
+    PYTHONPATH=tests python -m faults.signals --times 5 --launcher torchrun --by-hand
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from faults.jobs import LAUNCHERS, Job, by_hand, send, watched
 
