@@ -37,6 +37,11 @@ class Lifeline:
             with contextlib.suppress(OSError):
                 self._socket.sendall(json.dumps(message).encode() + b"\n")
 
+    def close(self) -> None:
+        """The line is closed, which the launching command takes for the end of the rank."""
+        if self._socket is not None:
+            self._socket.close()
+
     def on_stop(self, request: Callable[[], None]) -> None:
         """`request` will be called, from a thread, once the launching command asks to stop or is gone."""
 

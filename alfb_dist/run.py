@@ -137,6 +137,8 @@ def _resume(run: Run) -> None:
             f"run.resume: no checkpoint of {run.folder} is whole ({'; '.join(damaged)}); "
             "mend or remove them, or start anew with run.resume=false"
         )
+    if path is None:
+        run.notes.append("nothing to resume from: the run starts at its first step")
     run.notes += [f"passed over a checkpoint: {reason}" for reason in damaged]
     if path is not None:
         state = checkpoint.load(run.engine, run.balancer, path)

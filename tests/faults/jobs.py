@@ -86,13 +86,18 @@ class Job:
         """The launcher's command that alfb launch has started."""
         return psutil.Process(self.process.pid).children()[0]
 
-    def steps(self) -> list[int]:
-        """The steps in the metrics of the run, in the order in which they were written."""
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the run's metrics, without what depends on the clock."""
         try:
             lines = (self.run_folder / "metrics.jsonl").read_text().splitlines()
         except OSError:
             return []
-        return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+        read = [json.loads(line) for line in lines if line.endswith("}")]
+        return [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in read]
+
+    def steps(self) -> list[int]:
+        """The steps in the metrics of the run, in the order in which they were written."""
+        return [line["step"] for line in self.metrics() if "loss" in line]
 
     def saves(self) -> list[int]:
         """The steps of the whole checkpoints."""
