@@ -16,6 +16,7 @@ from torch import nn
 
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
+from alfb_dist.collectives import known_groups, set_timeouts
 from alfb_dist.ds_config import check_ds_config, with_defaults
 from alfb_dist.moe import expert_parameters
 from alfb_dist.sharding import parallelize
@@ -73,6 +74,7 @@ def initialize(
     model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
         the parallelised model, whose experts are new parameters. All that require gradients unless given.
     deepspeed_arguments: more for `deepspeed.initialize`, such as optimizer or lr_scheduler.
+    timeout_seconds: how long an exchange waits for other ranks, in groups made here, DeepSpeed's own among them.
     Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
     """
     check_ds_config(ds_config)
@@ -90,9 +92,11 @@ def initialize(
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
     start_without_compiler()
+    before = known_groups()
     engine = deepspeed.initialize(
         model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
     )[0]
+    set_timeouts(timeout_seconds, known_groups() - before)
     return engine, Balancer(engine, rule=rule, rate=rate, centered=centered, mode=mode)
 
 

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from alfb_dist.config import ConfigError
 from alfb_dist.launcher import discover, local_size
+from alfb_dist.network import choose_interface
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,22 @@ def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
         _share_cores()
     if not dist.is_initialized():
         _check_port(rank)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        _meet("nccl" if cuda else "gloo", timeout_seconds)
     return device
+
+
+def _meet(backend: str, timeout_seconds: float) -> None:
+    """All ranks are there, or RuntimeError."""
+    choose_interface(os.environ["MASTER_ADDR"])
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RuntimeError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks met at "
+            f"{where} within {timeout_seconds:g} s ({str(error).splitlines()[0]}); a rank has ended before, as its own output "
+            "says, or its host does not reach that address"
+        ) from error
 
 
 def leave(code: int) -> NoReturn:

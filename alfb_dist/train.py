@@ -29,14 +29,14 @@ def train(config: Config, stop: StopSignals | None = None, on_start: Callable[[R
     if on_start is not None:
         on_start(run)
     last = stopping = False
-    with contextlib.nullcontext(stop) if stop else StopSignals() as signals:
+    with contextlib.nullcontext(stop) if stop else StopSignals() as signals, run.peers.watch():
         for step in range(run.first_step + 1, config.train.steps + 1):
-            started, lr = time.perf_counter(), run.engine.get_lr()[0]
+            run.peers.step, lr, begun = step, run.engine.get_lr()[0], time.perf_counter()
             batch = next_batch(run, step)
             part = forward_backward_step(run, batch)
             run.balancer.step()
             loss, stopping = agree(run, part, signals.asked)
-            report(run, step, batch, loss, lr, time.perf_counter() - started)
+            report(run, step, batch, loss, lr, time.perf_counter() - begun)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):
                 evaluate(run, step)

@@ -19,9 +19,9 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop lifeline launcher config topology collectives agreement metrics balance router aux_loss dispatch experts
-    families trial gate moe sharding mend autoep balancer callback model data ds_config engine checkpoint pretrained
-    report estimate run_folder run train bench launching cli
+    stop lifeline launcher network config topology collectives peers agreement metrics balance router aux_loss dispatch
+    experts families trial gate moe sharding mend autoep balancer callback model data ds_config engine checkpoint
+    pretrained report estimate run_folder preflight run train bench launching cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 
@@ -29,6 +29,7 @@ HOLDS_COLLECTIVES = {"collectives", "topology"}
 
 # What any file may use of torch.distributed: questions about a process and its groups, none of which communicates.
 HARMLESS = {
+    "DistError",
     "ProcessGroup",
     "get_backend",
     "get_global_rank",

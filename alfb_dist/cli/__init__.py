@@ -4,6 +4,7 @@ come at once."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -14,6 +15,8 @@ from alfb_dist.config import ConfigError
 from alfb_dist.stop import BAD_CONFIG
 
 COMMANDS = (train, launch, report, data, checkpoint)
+
+FAILED = 1  # the exit code of a run that other ranks have left alone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,10 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process with its exit code."""
-    code = main(argv)
+    try:
+        code = main(argv)
+    except RuntimeError as error:
+        _end_if_left_alone(error)
+        raise
     if "torch.distributed" not in sys.modules:
         sys.exit(code)
 
     from alfb_dist.topology import leave
 
     leave(code)
+
+
+def _end_if_left_alone(error: RuntimeError) -> None:
+    """The process has ended with 1 if the error is that others are missing, which has been told.
+
+    At once: while Python winds itself down, process groups whose exchange failed hang or abort the process.
+    """
+    if "alfb_dist.peers" in sys.modules:
+        from alfb_dist.peers import PeerError
+
+        if isinstance(error, PeerError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)

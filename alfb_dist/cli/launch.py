@@ -34,7 +34,11 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     from alfb_dist.launching.supervisor import say, supervise
     from alfb_dist.lifeline import Lines
+    from alfb_dist.preflight import check_hosts
 
+    if launch.hosts:
+        ssh = ["ssh", *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))]
+        check_hosts(list(launch.hosts), port=0 if launch.launcher == "mpirun" else launch.master_port, ssh=ssh)
     environment = environment_with_exports() if launch.hosts else dict(os.environ)
 
     def attempt(lifeline: str, resume: bool) -> tuple[list[str], dict[str, str]]:
