@@ -31,18 +31,27 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", nargs="?", type=Path, help="a TOML file, such as configs/demo.toml")
     command.add_argument("--config", dest="config_option", type=Path, metavar="CONFIG", help="the same as an option")
     command.add_argument(
+        "--deepspeed_config", "--deepspeed-config", type=Path, metavar="JSON", help="DeepSpeed's configuration file"
+    )
+    command.add_argument("--deepspeed", action="store_true", help="as DeepSpeed's scripts take it; always on")
+    command.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="such as balance.rate=0.001"
     )
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """The same settings as words of a command line."""
-    return [str(_path(arguments)), *(word for override in arguments.overrides for word in ("--set", override))]
+    words = [str(_path(arguments)), *(word for override in arguments.overrides for word in ("--set", override))]
+    if arguments.deepspeed_config:
+        words += ["--deepspeed", "--deepspeed_config", str(arguments.deepspeed_config)]
+    return words
 
 
 def read_config(arguments: argparse.Namespace, world_size: int | None = None) -> Config:
     """The configuration that the arguments make up. ConfigError with one line for each thing wrong."""
-    return load_config(_path(arguments), arguments.overrides, world_size=world_size)
+    return load_config(
+        _path(arguments), arguments.overrides, world_size=world_size, deepspeed_json=arguments.deepspeed_config
+    )
 
 
 def _path(arguments: argparse.Namespace) -> Path:

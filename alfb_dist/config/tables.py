@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from alfb_dist.config.deepspeed_json import SECTION, Merge, read_deepspeed_json
 from alfb_dist.config.keys import family_keys
 from alfb_dist.config.model_rules import MODEL_RULES
 from alfb_dist.config.rules import TABLE_RULES, Settings, problems, unknown_key
@@ -206,14 +207,25 @@ class Config(_Table):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
+def load_config(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    deepspeed_json: Path | None = None,
+) -> Config:
     """Return the configuration in a TOML file, changed by `table.key=value` overrides.
 
     world_size: number of ranks, where it is known; the sizes that have to divide it are then checked too.
+    deepspeed_json: a DeepSpeed configuration file that is merged into it, by the rule in deepspeed_json.py.
     Raises ConfigError with one line per problem.
     """
     tables = read_toml(Path(path))
     found = apply_overrides(tables, overrides)
+    merge = Merge(tables, str(deepspeed_json), _section_keys())
+    if deepspeed_json is not None:
+        merge.merge(read_deepspeed_json(deepspeed_json), world_size)
+        found += merge.problems
     bad: set[str] = set()
     config = None
     try:
@@ -227,9 +239,31 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, world_size: 
     pretrained, unreadable = _read_pretrained(resolved)
     found += unreadable
     found += problems(Settings(resolved, frozenset(bad), world_size, pretrained), RULES)
-    _refuse(found)
+    _refuse([merge.explain(problem) for problem in found])
     assert config is not None, "a configuration that pydantic refused has a problem to show"
     return config
+
+
+def _section_keys() -> dict[str, str]:
+    """The keys that DeepSpeed's file may hold in its section for us, and where ours are."""
+    tables: tuple[tuple[str, type[_Table]], ...] = (("parallel", ParallelConfig), ("balance", BalanceConfig))
+    return {key: f"{name}.{key}" for name, model in tables for key in model.model_fields}
+
+
+def read_section(values: dict[str, Any]) -> dict[str, Any]:
+    """The section `alf_lb` of a DeepSpeed configuration, checked, without defaults. ConfigError if a key is wrong."""
+    tables: dict[str, Any] = {}
+    merge = Merge(tables, "the configuration", _section_keys())
+    merge.merge({SECTION: values}, None)
+    found = list(merge.problems)
+    for name, model in (("parallel", ParallelConfig), ("balance", BalanceConfig)):
+        try:
+            model.model_validate(tables.get(name, {}))
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                found.append(_explain({**detail, "loc": (name, *detail["loc"])}, ""))
+    _refuse([merge.explain(problem) for problem in found])
+    return {key: value for name in ("parallel", "balance") for key, value in tables.get(name, {}).items()}
 
 
 def config_to_toml(config: Config) -> str:
