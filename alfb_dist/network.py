@@ -33,15 +33,20 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def choose_interface(master: str) -> str | None:
-    """gloo will use the interface that leads to the first rank's host; its name, None where gloo's choice stays.
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 
-    Left to itself gloo takes the address of this host's own name, which on many hosts is a loopback address: no other
-    host reaches it. GLOO_SOCKET_IFNAME, if set, stays as it is.
+
+def choose_interface(master: str, asked: str = "") -> str | None:
+    """The ranks will use the interface that was asked for, else the one that leads to the first rank's host.
+
+    Returns its name, None where the choice is left to gloo: that is the address of this host's own name, on many hosts
+    a loopback address that no other host reaches. Variables of the environment that are set stay as they are.
+    Raises ValueError if this host has no interface of the name asked for.
     """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return os.environ["GLOO_SOCKET_IFNAME"]
-    found = interface_of(own_address(master))
+    if asked and asked not in psutil.net_if_addrs():
+        raise ValueError(f"run.interface ({asked}): this host has {', '.join(sorted(psutil.net_if_addrs()))}")
+    found = asked or interface_of(own_address(master))
     if found:
-        os.environ["GLOO_SOCKET_IFNAME"] = found
-    return found
+        for variable in INTERFACE_VARIABLES:
+            os.environ.setdefault(variable, found)
+    return os.environ.get(INTERFACE_VARIABLES[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import tempfile
 from dataclasses import dataclass, field
@@ -23,9 +24,12 @@ from alfb_dist.ds_config import derive_ds_config, lr_schedule
 from alfb_dist.engine import initialize, quiet
 from alfb_dist.families import moe_blocks
 from alfb_dist.model import build_model, parameter_groups
+from alfb_dist.network import INTERFACE_VARIABLES
 from alfb_dist.peers import Peer, Peers
+from alfb_dist.placement import check_placement, grid_rows
 from alfb_dist.preflight import differences, facts
 from alfb_dist.report import NullReporter, Reporter, open_reporter
+from alfb_dist.report.console import print_table
 from alfb_dist.run_folder import (
     changed_settings,
     describe_run,
@@ -71,7 +75,7 @@ def start(config: Config) -> Run:
 
     ConfigError on every rank alike if ranks differ in versions, configuration or data.
     """
-    device = init_distributed(timeout_seconds=start_patience(config))
+    device = init_distributed(timeout_seconds=start_patience(config), interface=config.run.interface)
     quiet()
     group = dist.group.WORLD
     assert group is not None
@@ -80,6 +84,13 @@ def start(config: Config) -> Run:
         run = _build(config, device, group, peers)
         set_timeouts(config.run.timeout_seconds, known_groups())
     return run
+
+
+def _hosts(peers: Peers) -> list[str]:
+    """The host of each rank, in rank order; hosts of one name are told apart by their addresses."""
+    everyone = sorted((peers.me, *peers.others), key=lambda peer: peer.rank)
+    addresses = {name: {p.address[0] for p in everyone if p.host == name} for name in {p.host for p in everyone}}
+    return [p.host if len(addresses[p.host]) == 1 else f"{p.host} ({p.address[0]})" for p in everyone]
 
 
 def start_patience(config: Config) -> float:
@@ -104,6 +115,8 @@ def _refuse_differences(known: list[tuple[Peer, dict[str, Any]]], mend: str) -> 
 
 
 def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Peers) -> Run:
+    hosts = _hosts(peers)
+    misplaced = check_placement(hosts, config.parallel.ep_degree, config.parallel.expert_placement)
     prepared = first_ranks(lambda: _prepare(config), group, ConfigError)
     train_batches, validation_batches = agreed(lambda: _open_data(config, prepared), group, ConfigError)
     _compare_data(peers, (train_batches, validation_batches), group)
@@ -134,6 +147,8 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
             f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
             "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
         )
+    run.notes += [misplaced] if misplaced else []
+    _show_grid(run, hosts)
     agreed(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
     return run
 
@@ -250,3 +265,12 @@ def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:
     )
     for note in run.notes:
         run.reporter.message(note)
+
+
+def _show_grid(run: Run, hosts: list[str]) -> None:
+    """On the first rank, a small table of hosts, ranks and experts stands on the terminal."""
+    if run.group.rank() == 0 and run.group.size() > 1:
+        rows = grid_rows(hosts, run.config.parallel.ep_degree, run.balancer.bias_LE.shape[-1])
+        interface = os.environ.get(INTERFACE_VARIABLES[0])
+        title = f"{run.group.size()} ranks" + (f", exchanging over {interface}" if interface else "")
+        print_table(title, ("host", "rank", "expert-parallel group", "experts"), rows)

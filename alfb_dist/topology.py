@@ -87,9 +87,10 @@ def _check_port(rank: int) -> None:
         ) from None
 
 
-def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
+def init_distributed(*, timeout_seconds: float = 600, interface: str = "") -> torch.device:
     """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device.
 
+    interface: of the network, by which ranks reach each other; that toward the first rank's host unless given.
     Raises ConfigError on rank 0 if it cannot listen at the port where the ranks are to meet.
     """
     rank, _, local_rank = discover()
@@ -101,21 +102,24 @@ def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
         _share_cores()
     if not dist.is_initialized():
         _check_port(rank)
-        _meet("nccl" if cuda else "gloo", timeout_seconds)
+        _meet("nccl" if cuda else "gloo", timeout_seconds, interface)
     return device
 
 
-def _meet(backend: str, timeout_seconds: float) -> None:
+def _meet(backend: str, timeout_seconds: float, interface: str) -> None:
     """All ranks are there, or RuntimeError."""
-    choose_interface(os.environ["MASTER_ADDR"])
+    try:
+        choose_interface(os.environ["MASTER_ADDR"], interface)
+    except ValueError as error:
+        raise ConfigError(f"{socket.gethostname()}: {error}") from None
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RuntimeError(
             f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks met at "
-            f"{where} within {timeout_seconds:g} s ({str(error).splitlines()[0]}); a rank has ended before, as its own output "
-            "says, or its host does not reach that address"
+            f"{where} within {timeout_seconds:g} s ({str(error).splitlines()[0]}); a rank has ended before, as its own "
+            "output says, or its host does not reach that address"
         ) from error
 
 

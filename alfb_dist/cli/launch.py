@@ -11,6 +11,7 @@ from alfb_dist.cli.train import add_settings, read_config, settings_of
 from alfb_dist.launching.commands import command
 from alfb_dist.launching.environment import environment_with_exports
 from alfb_dist.launching.planning import add_options, plan
+from alfb_dist.placement import check_placement
 from alfb_dist.stop import DONE
 
 
@@ -27,7 +28,9 @@ def add(commands: Subcommands) -> None:
 def _launch(arguments: argparse.Namespace) -> int:
     launch = plan(arguments, read_config(arguments).parallel.ep_degree)
     config = read_config(arguments, launch.ranks)
-    settings = settings_of(arguments)
+    parallel, settings = config.parallel, settings_of(arguments)
+    by_rank = [host for host, ranks in launch.hosts.items() for _ in range(ranks)]
+    check_placement(by_rank, parallel.ep_degree, parallel.expert_placement)
     if arguments.dry_run:
         print(shlex.join(command(launch, settings)))
         return DONE

@@ -52,6 +52,9 @@ class RunConfig(_Table):
     resume: bool = Field(
         default=False, description="go on from the newest good checkpoint of the run; else a new run folder"
     )
+    interface: str = Field(
+        default="", description="network interface between hosts; empty: the one that leads to the first rank's host"
+    )
     timeout_seconds: float = Field(default=600.0, gt=0, le=604_800, description="longest wait of every collective")
 
 
@@ -74,6 +77,10 @@ class ParallelConfig(_Table):
 
     ep_degree: int = Field(
         default=1, ge=1, description="ranks that share the experts of a layer; divides ranks and experts"
+    )
+    expert_placement: Literal["prefer-node", "node", "any"] = Field(
+        default="prefer-node",
+        description='experts of a group that fit on one host but are not: told, refused ("node"), or not looked at',
     )
 
 
