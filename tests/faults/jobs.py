@@ -43,13 +43,14 @@ def watched(launcher: str, *options: str) -> list[str]:
 class Job:
     """A run of configs/test.toml; its name, a unique marker, is in the command line of each of its processes."""
 
-    def __init__(self, folder: Path, command: list[str], *settings: str) -> None:
-        self.name = f"job-{uuid.uuid4().hex[:12]}"
+    def __init__(self, folder: Path, command: list[str], *settings: str, name: str = "") -> None:
+        """name: of a run that is to be gone on with."""
+        self.name = name or f"job-{uuid.uuid4().hex[:12]}"
         sets = (f"run.name={self.name}", "report.wandb=disabled", "train.eval_interval=0", *settings)
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
         self.log, self.run_folder = folder / f"{self.name}.log", folder / "runs" / self.name
-        with self.log.open("wb") as log:
+        with self.log.open("wb" if not name else "ab") as log:
             self.process = subprocess.Popen(
                 [*command, *(word for setting in sets for word in ("--set", setting))],
                 cwd=folder,
