@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DS_ACCELERATOR ?= cpu
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test faults lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,12 @@ demo: $(READY)  ## train a tiny DeepSeek-V3 on two expert-parallel ranks (about 
 
 test: $(READY)  ## the whole CPU test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+TIMES ?= 20
+faults: $(READY)  ## the long fault campaigns, about two hours: signals and crashes, each TIMES (20) times
+	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES)
+	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES) --by-hand
+	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.restarts --times $(TIMES)
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

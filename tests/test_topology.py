@@ -313,7 +313,7 @@ def deepspeeds_timeouts() -> set[float]:
     before = set(dist.distributed_c10d._world.pg_map)
     alfb_dist.initialize(tiny_model(), ds_config, ep_degree=2, timeout_seconds=33)
     made = set(dist.distributed_c10d._world.pg_map) - before
-    assert len(made) > 4  # ours, and those that DeepSpeed made
+    assert len(made) >= 3, made  # those of experts and their data, and what DeepSpeed made
     return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in made}
 
 

@@ -1,7 +1,7 @@
 """A rank is killed with -9 at a random step; the run resumes by itself from its newest good save, and ends with the
 very metrics of a run that nothing disturbed.
 
-    PYTHONPATH=tests python -m faults.restarts --times 20
+    cd tests && python -m faults.restarts --times 20
 """
 
 from __future__ import annotations

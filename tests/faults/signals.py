@@ -1,8 +1,8 @@
 """Signals to every launcher, sent to the command, a rank, the process group and the launcher inside: a save, exit code
 75 and no process left, each time.
 
-    PYTHONPATH=tests python -m faults.signals --times 20
-    PYTHONPATH=tests python -m faults.signals --times 5 --launcher torchrun --by-hand
+    cd tests && python -m faults.signals --times 20
+    cd tests && python -m faults.signals --times 5 --launcher torchrun --by-hand
 """
 
 from __future__ import annotations
