@@ -29,7 +29,7 @@ class StopSignals:
         self._before_start = before_start
         self._interrupted_at: float | None = None
         self._handlers: dict[int, object] = {}
-        self._read, self._write = socket.socketpair()
+        self._wakeup: socket.socket | None = None
         self._old_fd = -1
 
     def __enter__(self) -> Self:
@@ -40,16 +40,17 @@ class StopSignals:
         """The signals come here from now on; for the rest of the process, outside a context."""
         self._handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         if self._before_start is not None:
-            self._write.setblocking(False)
-            self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._wake, daemon=True).start()
+            read, self._wakeup = socket.socketpair()
+            self._wakeup.setblocking(False)
+            self._old_fd = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._wake, args=(read,), daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._before_start is not None:
+        if self._wakeup is not None:
             signal.set_wakeup_fd(self._old_fd)
+            self._wakeup.close()
         for s, handler in self._handlers.items():
             signal.signal(s, handler)  # type: ignore[arg-type]
-        self._write.close()
 
     def start(self) -> None:
         """From now on there is something to save."""
@@ -70,7 +71,8 @@ class StopSignals:
             self._interrupted_at = now
         self.request()
 
-    def _wake(self) -> None:
-        while numbers := self._read.recv(64):
-            if any(number in STOP_SIGNALS for number in numbers):
-                self.request()
+    def _wake(self, read: socket.socket) -> None:
+        with read:
+            while numbers := read.recv(64):
+                if any(number in STOP_SIGNALS for number in numbers):
+                    self.request()
