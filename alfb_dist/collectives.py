@@ -102,22 +102,46 @@ def barrier(group: Group) -> None:
 
 
 def exchange_row_counts(send_counts: list[int], rows: int, group: ProcessGroup, device: torch.device) -> list[int]:
-    """How many rows each rank of the group will send to this one; collective.
+    """How many rows each rank of the group will send to this one; collective. See `exchange_notes`."""
+    return [count for (count,) in exchange_notes([[n] for n in send_counts], rows, group, device)]
 
-    send_counts: rows for each rank, in rank order; they must sum to `rows`. A rank whose counts do not add up tells
-    the others, and RuntimeError naming it is raised on every rank: a wrong size would otherwise be silent (stale rows)
-    or abort the receiver.
+
+def exchange_notes(notes: list[list[int]], rows: int, group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    """What each rank of the group notes for this one, as it notes something for each, in rank order; collective.
+
+    A note is a number of rows and as many other numbers as all ranks agree on. The rows noted must sum to `rows`. A
+    rank whose counts do not add up tells the others, and RuntimeError naming it is raised on every rank: a wrong size
+    would otherwise be silent (stale rows) or abort the receiver.
     """
-    wrong = len(send_counts) != group.size() or sum(send_counts) != rows or min(send_counts) < 0
-    sent = torch.tensor([-1] * group.size() if wrong else send_counts, dtype=torch.int64, device=device)
+    counts = [note[0] for note in notes]
+    wrong = len(counts) != group.size() or sum(counts) != rows or min(counts) < 0
+    width = len(notes[0]) if notes else 1
+    sent = torch.tensor([[-1] * width] * group.size() if wrong else notes, dtype=torch.int64, device=device)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    counts: list[int] = received.tolist()
-    if min(counts) < 0:
-        ranks = [dist.get_global_rank(group, r) for r, n in enumerate(counts) if n < 0]
-        mine = f"; here {send_counts} for {rows} rows" if wrong else ""
+    told: list[list[int]] = received.tolist()
+    if any(count < 0 for count, *_ in told):
+        ranks = [dist.get_global_rank(group, r) for r, (count, *_) in enumerate(told) if count < 0]
+        mine = f"; here {counts} for {rows} rows" if wrong else ""
         raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {ranks}{mine}")
-    return counts
+    return told
+
+
+def all_gather_numbers(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Each rank's numbers (int64, equally many), in rank order; collective."""
+    gathered = torch.zeros(group.size(), len(numbers), dtype=torch.int64, device=device)
+    gathered[group.rank()] = torch.tensor(numbers)
+    dist.all_reduce(gathered, group=group)
+    numbers_by_rank: list[list[int]] = gathered.tolist()
+    return numbers_by_rank
+
+
+def all_to_all_bytes(
+    sent: Tensor, send_sizes: list[int], receive_sizes: list[int], group: ProcessGroup
+) -> list[Tensor]:
+    """The bytes that each rank of the group sent to this one, in rank order; collective. Sizes must be agreed on."""
+    received = _all_to_all(sent, send_sizes, receive_sizes, group)
+    return list(received.split(receive_sizes))
 
 
 def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:

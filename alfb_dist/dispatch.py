@@ -9,58 +9,133 @@ rows with K slots, of which some are empty.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from alfb_dist.collectives import Group, all_to_all_rows, exchange_row_counts
+from alfb_dist import arena
+from alfb_dist.exchange import Exchange
 
 
-@dataclass(frozen=True)
+@dataclass
 class Route:
     """The way back for the rows of one dispatch."""
 
-    group: ProcessGroup
+    exchange: Exchange
     num_tokens: int
     token_N: Tensor  # int64: which token of this rank each sent row is
-    send_counts: list[int]  # rows sent to each rank of the group
-    receive_counts: list[int]  # rows received from each rank of the group
+    send_counts: list[int]  # rows for each rank of the group, this one included
+    receive_counts: list[int]  # rows from each rank of the group, this one included
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group. Its own rows are counted as sent and received, but go nowhere."""
+        return self.exchange.rank
+
+
+def _parts(counts: list[int]) -> list[slice]:
+    return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts))]
 
 
 def dispatch(
-    x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, group: Group
+    x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, exchange: Exchange | None
 ) -> tuple[Tensor, Tensor, Tensor, Route | None]:
     """Every token is where its experts are: (rows_RD, expert_ids_RK, weights_RK, route); collective, differentiable.
 
     expert_ids_TK: int64 in [0, E]; E marks an empty slot. Expert i belongs to rank i // num_local_experts of the group.
     In expert_ids_RK, ids are local, in [0, num_local_experts); an empty slot holds num_local_experts and weight 0.
-    Without a group (or with one rank) the tokens stay as they are and the route is None.
+    Without an exchange (or with one rank) the tokens stay as they are and the route is None.
     """
-    if group is None or group.size() == 1:
+    if exchange is None or exchange.num_ranks == 1:
         return x_TD, expert_ids_TK, weights_TK, None
-    num_ranks, num_tokens = group.size(), x_TD.shape[0]
+    num_ranks, num_tokens = exchange.num_ranks, x_TD.shape[0]
     rank_TK = expert_ids_TK // num_local_experts
     goes_PT = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.bool, device=x_TD.device)
     goes_PT = goes_PT.scatter_(0, rank_TK.T, True)[:num_ranks]  # empty slots go nowhere
     rank_N, token_N = goes_PT.nonzero(as_tuple=True)
-    send_counts: list[int] = goes_PT.sum(1).tolist()
-    receive_counts = exchange_row_counts(send_counts, token_N.numel(), group, x_TD.device)
+    route = Route(exchange, num_tokens, token_N, goes_PT.sum(1).tolist(), [])
 
-    local_NK = expert_ids_TK[token_N] - (rank_N * num_local_experts)[:, None]
-    here_NK = (local_NK >= 0) & (local_NK < num_local_experts)
-    local_NK = local_NK.masked_fill(~here_NK, num_local_experts)
-    weights_NK = weights_TK.index_select(0, token_N) * here_NK
-    rows_RD = all_to_all_rows(x_TD.index_select(0, token_N), send_counts, receive_counts, group)
-    weights_RK = all_to_all_rows(weights_NK, send_counts, receive_counts, group)
-    ids_RK = all_to_all_rows(local_NK.to(torch.int32), send_counts, receive_counts, group).to(torch.int64)
-    return rows_RD, ids_RK, weights_RK, Route(group, num_tokens, token_N, send_counts, receive_counts)
+    local_NK = expert_ids_TK.index_select(0, token_N) - (rank_N * num_local_experts)[:, None]
+    empty_NK = (local_NK < 0) | (local_NK >= num_local_experts)
+    local_NK = local_NK.masked_fill_(empty_NK, num_local_experts).to(torch.int32)
+    rows_RD, weights_RK, ids_RK = _Dispatch.apply(x_TD, weights_TK, local_NK, empty_NK, route)
+    return rows_RD, ids_RK, weights_RK, route
 
 
 def combine(rows_RD: Tensor, route: Route | None) -> Tensor:
     """Each token's output, the sum of the rows that its ranks made of it: (T, D); collective, differentiable."""
-    if route is None:
-        return rows_RD
-    rows_ND = all_to_all_rows(rows_RD, route.receive_counts, route.send_counts, route.group)
-    out_TD = rows_ND.new_zeros(route.num_tokens, rows_ND.shape[1])
-    return out_TD.index_add(0, route.token_N, rows_ND)
+    return rows_RD if route is None else _Combine.apply(rows_RD, route)
+
+
+def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
+    """The rows of all ranks in rank order, of which this rank's are those of its tokens: (R, D)."""
+    rows_RD = arena.empty((sum(route.receive_counts), x_TD.shape[1]), x_TD)
+    for rank, (part, rows) in enumerate(zip(_parts(route.receive_counts), arrived)):
+        if rank == route.rank:
+            mine_N = route.token_N[_parts(route.send_counts)[rank]]
+            torch.index_select(x_TD, 0, mine_N, out=rows_RD[part])
+        else:
+            rows_RD[part].copy_(rows)
+    return rows_RD
+
+
+def _join(small_N: Tensor, counts: list[int], arrived: list[Tensor], route: Route) -> Tensor:
+    """What arrived from all ranks in rank order; from this one, its part of what it would have sent."""
+    mine = small_N[_parts(counts)[route.rank]]
+    return torch.cat([mine if rank == route.rank else part for rank, part in enumerate(arrived)])
+
+
+def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
+    """What the ranks made of each token summed, in rank order, of which rows_RD is what this one made: (T, D)."""
+    total_TD = arena.zeros((route.num_tokens, rows_RD.shape[1]), rows_RD)
+    for rank, (part, rows) in enumerate(zip(_parts(route.send_counts), arrived)):
+        if rank == route.rank:
+            rows = rows_RD[_parts(route.receive_counts)[rank]]
+        total_TD.index_add_(0, route.token_N[part], rows)
+    return total_TD
+
+
+class _Dispatch(torch.autograd.Function):
+    """Tokens out; their gradients back, and summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, local_NK: Tensor, empty_NK: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights_NK = weights_TK.index_select(0, route.token_N).masked_fill_(empty_NK, 0)
+        sent = [(x_TD, route.token_N), (weights_NK, None), (local_NK, None)]
+        arrived, route.receive_counts = route.exchange.swap(sent, route.send_counts)
+        rows, weights, ids = map(list, zip(*arrived))
+        ids_RK = _join(local_NK, route.send_counts, ids, route).to(torch.int64)
+        ctx.route, ctx.empty_NK = route, empty_NK
+        ctx.mark_non_differentiable(ids_RK)
+        return _gather(x_TD, rows, route), _join(weights_NK, route.send_counts, weights, route), ids_RK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        route, (grad_rows_RD, grad_weights_RK, _) = ctx.route, grads
+        sent = [(grad_rows_RD, None), (grad_weights_RK, None)]
+        arrived, _ = route.exchange.swap(sent, route.receive_counts, route.send_counts)
+        rows, weights = map(list, zip(*arrived))
+        grad_weights_NK = _join(grad_weights_RK, route.receive_counts, weights, route).masked_fill_(ctx.empty_NK, 0)
+        grad_weights_TK = grad_weights_NK.new_zeros(route.num_tokens, grad_weights_NK.shape[1])
+        grad_weights_TK.index_add_(0, route.token_N, grad_weights_NK)
+        return _add_up(grad_rows_RD, rows, route), grad_weights_TK, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Rows back, and summed; their gradients out."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        arrived, _ = route.exchange.swap([(rows_RD, None)], route.receive_counts, route.send_counts)
+        return _add_up(rows_RD, [rows for (rows,) in arrived], route)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        route, (grad_TD,) = ctx.route, grads
+        arrived, _ = route.exchange.swap([(grad_TD, route.token_N)], route.send_counts, route.receive_counts)
+        return _gather(grad_TD, [rows for (rows,) in arrived], route), None

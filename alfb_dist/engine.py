@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 from torch import nn
 
+from alfb_dist.attention import choose_attention
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.collectives import known_groups, set_timeouts
@@ -102,6 +103,7 @@ def initialize(
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
     start_without_compiler()
+    choose_attention(model)
     before = known_groups()
     engine = deepspeed.initialize(
         model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments

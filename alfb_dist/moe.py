@@ -10,6 +10,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from alfb_dist.dispatch import combine, dispatch
+from alfb_dist.exchange import Exchange
 from alfb_dist.experts import expert_mlp
 from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
 from alfb_dist.topology import Grid, grid_ranks
@@ -23,8 +24,9 @@ class ShardedExperts(AutoEPMoELayer):
     that class: nothing of its construction or forward runs here.
     """
 
-    def __init__(self, experts: Any, grid: Grid | None) -> None:
+    def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None) -> None:
         nn.Module.__init__(self)
+        self.exchange = exchange
         self.num_experts: int = count_experts(experts)
         self.grid = grid
         self.ep_size = 1 if grid is None else grid.ep_degree
@@ -58,12 +60,11 @@ class ShardedExperts(AutoEPMoELayer):
 
         An id beyond the experts with weights is one that gives the token back (LongCat); it stays on this rank.
         """
-        group = None if self.grid is None else self.grid.ep_group
         identity_TK = top_k_index >= self.num_experts if any(self.unread_rows.values()) else None
         if identity_TK is not None:
             top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
         rows_RD, ids_RK, weights_RK, route = dispatch(
-            hidden_states, top_k_index, top_k_weights, self.num_local_experts, group
+            hidden_states, top_k_index, top_k_weights, self.num_local_experts, self.exchange
         )
         if self.part is None:
             out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)

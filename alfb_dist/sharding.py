@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.collectives import size, world_group
+from alfb_dist.exchange import Exchange
 from alfb_dist.experts.family import is_swiglu, why_whole
 from alfb_dist.families import MoEBlock, moe_blocks
 from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate
@@ -152,7 +153,8 @@ def parallelize(
     aux = AuxLosses(sequence_loss_alpha, batch_loss_alpha, world_group())
     watch(model, aux)
     grid = None if world_group() is None else make_grid(ep_degree, timeout_seconds=timeout_seconds)
+    exchange = None if grid is None else Exchange(grid.ep_group)
     with torch.no_grad():
         for block in blocks:
-            block.module.experts = ShardedExperts(block.module.experts, grid)
+            block.module.experts = ShardedExperts(block.module.experts, grid, exchange)
     return model

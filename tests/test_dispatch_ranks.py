@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from alfb_dist.dispatch import combine, dispatch
+from alfb_dist.exchange import Exchange
 
 Ranks = Callable[..., list[Any]]
 
@@ -67,7 +69,7 @@ def run_case(case: str) -> dict[str, Any]:
     scale_ED = expert_scales()
     local_eD = scale_ED.detach()[rank * num_local : (rank + 1) * num_local].clone().requires_grad_()
     x_TD.requires_grad_(), weights_TK.requires_grad_()
-    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, num_local, dist.group.WORLD)
+    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, num_local, Exchange(dist.group.WORLD))
     out_TD = combine(run_experts(rows, ids, weights, local_eD), route)
     out_TD.backward(gradient_TD)
     return {
@@ -82,22 +84,21 @@ def run_case(case: str) -> dict[str, Any]:
     }
 
 
-def wire_rows() -> dict[str, int]:
-    """Rows of the model's width that this rank really handed to the transport, per case, forward and backward."""
-    from alfb_dist import collectives
+def wire_bytes() -> dict[str, int]:
+    """Bytes of the tensors that reach this rank from others, per case, forward and backward."""
+    swap, arrived, counts = Exchange.swap, [0], {}
 
-    sent, inner, counts = [0], dist.all_to_all_single, {}
+    def spy(*args: Any) -> Any:
+        tensors, row_counts = swap(*args)
+        arrived[0] += sum(t.nbytes for by_rank in tensors for t in by_rank)
+        return tensors, row_counts
 
-    def spy(received: Tensor, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent[0] += rows.shape[0] if rows.dim() == 2 and rows.shape[1] == WIDTH else 0
-        return inner(received, rows, *args, **kwargs)
-
-    collectives.dist.all_to_all_single = spy
+    Exchange.swap = spy
     for case in CASES:
-        sent[0] = 0
+        arrived[0] = 0
         run_case(case)
-        counts[case] = sent[0]
-    collectives.dist.all_to_all_single = inner
+        counts[case] = arrived[0]
+    Exchange.swap = swap
     return counts
 
 
@@ -106,7 +107,7 @@ def low_precision() -> tuple[Any, ...]:
     rank, world = dist.get_rank(), dist.get_world_size()
     x_TD, ids_TK, weights_TK, _ = inputs_of("even", rank, world)
     x_TD, weights_TK = x_TD.bfloat16().requires_grad_(), weights_TK.float().requires_grad_()
-    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, EXPERTS // world, dist.group.WORLD)
+    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, EXPERTS // world, Exchange(dist.group.WORLD))
     theirs = torch.cat([inputs_of("even", r, world)[0] for r in range(world)]).bfloat16()
     bits = all((row == theirs).all(1).any() for row in rows)
     out_TD = combine(rows * weights.sum(1, keepdim=True).bfloat16(), route)
@@ -114,14 +115,21 @@ def low_precision() -> tuple[Any, ...]:
     return rows.dtype, ids.dtype, weights.dtype, out_TD.dtype, x_TD.grad.dtype, weights_TK.grad.dtype, bits
 
 
-def all_cases() -> tuple[dict[str, Any], dict[str, int], tuple[Any, ...]]:
-    return {case: run_case(case) for case in CASES}, wire_rows(), low_precision()
+def all_cases(transport: str) -> tuple[dict[str, Any], dict[str, int], tuple[Any, ...]]:
+    from alfb_dist import shared_memory
+
+    if transport == "network":
+        os.environ["ALFB_SHARED_MEMORY"] = "0"
+    elif transport == "mixed":  # the even ranks on one machine, the odd ones on another
+        shared_memory.network = lambda: dist.get_rank() % 2
+    return {case: run_case(case) for case in CASES}, wire_bytes(), low_precision()
 
 
-@pytest.fixture(scope="module")
-def dispatched(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """dispatched(world): by rank, what `all_cases` returned; run once per world size."""
-    return functools.cache(lambda world: run_ranks(world, all_cases, folder=tmp_path_factory.mktemp("ranks")))
+@pytest.fixture(scope="module", params=["memory", "network", "mixed"])
+def dispatched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """dispatched(world): by rank, what `all_cases` returned; run once per transport and world size."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return functools.cache(lambda world: run_ranks(world, all_cases, request.param, folder=folder))
 
 
 @functools.cache
@@ -173,13 +181,20 @@ def test_a_token_crosses_once_to_each_rank_that_owns_its_experts(dispatched: Ran
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_rows_on_the_wire_are_the_distinct_pairs_there_and_back_twice(dispatched: Ranks, world: int) -> None:
+def test_bytes_on_the_wire_are_the_distinct_pairs_there_and_back_twice(dispatched: Ranks, world: int) -> None:
     for case in CASES:
-        pairs = [distinct_pairs(case, world, rank) for rank in range(world)]
         for rank in range(world):
-            arriving = sum(destination == rank for ranks_pairs in pairs for _, destination in ranks_pairs)
-            # Forward: there and the answers to what arrived; backward: the same the other way round.
-            assert dispatched(world)[rank][1][case] == 2 * (len(pairs[rank]) + arriving)
+            pairs = [distinct_pairs(case, world, source) for source in range(world)]
+            expected = 0
+            for other in set(range(world)) - {rank}:
+                to_here = sum(destination == rank for _, destination in pairs[other])
+                to_there = sum(destination == other for _, destination in pairs[rank])
+                row, slots = WIDTH * 8, TOP_K * 8
+                # Forward: rows with weights and int32 ids to their experts, one row for each back.
+                expected += to_here * (row + slots + TOP_K * 4) + to_there * row
+                # Backward: the gradient of each such row, and back those of rows and weights.
+                expected += to_here * row + to_there * (row + slots)
+            assert dispatched(world)[rank][1][case] == expected
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -61,8 +61,8 @@ def load(source: Path) -> ctypes.CDLL | None:
             "plain torch between the experts' products: %s", "no C compiler" if compiler is None else "ALFB_NATIVE=0"
         )
         return None
-    text = source.read_text()
-    key = hashlib.sha256("\0".join([text, *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
+    texts = [file.read_text() for file in (source, *sorted(Path(__file__).parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
     library = cache_folder() / f"{source.stem}-{key}.so"
     try:
         if not library.exists():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alfb_dist import arena
 from alfb_dist.experts.compiler import load
 
 PIECE_ROWS = 512
@@ -17,7 +18,7 @@ PIECE_ROWS = 512
 
 
 @functools.cache
-def _torch_blas() -> ctypes.c_void_p | None:
+def torch_blas() -> ctypes.c_void_p | None:
     """The address of the float32 product in torch's own BLAS, or None if it does not show one."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -29,7 +30,7 @@ def _torch_blas() -> ctypes.c_void_p | None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    return None if _torch_blas() is None else load(Path(__file__).with_name("native.c"))
+    return None if torch_blas() is None else load(Path(__file__).with_name("native.c"))
 
 
 def supported(x_RD: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Any) -> bool:
@@ -66,11 +67,11 @@ class NativeMLP(torch.autograd.Function):
         _call("sort_slots", ids_RK.numel(), num_experts, ids_RK, sizes, slots)
         num_rows, largest = sizes[num_experts:].tolist()
         piece = min(PIECE_ROWS, max(1, largest))
-        kept_S2F = x_RD.new_empty(num_rows, 2 * width_F)
-        out_RD = torch.zeros_like(x_RD)
-        scratch = x_RD.new_empty(piece * (2 * width_D + width_F + 2))
+        kept_S2F = arena.empty((num_rows, 2 * width_F), x_RD)
+        out_RD = arena.zeros(x_RD.shape, x_RD)
+        scratch = arena.empty((piece * (2 * width_D + width_F + 2),), x_RD)
         shape = (num_experts, ids_RK.shape[1], width_D, width_F, piece)
-        blas = _torch_blas()
+        blas = torch_blas()
         assert blas is not None
         tensors = (sizes, slots, weights_RK, x_RD, gate_up_e2FD, down_eDF, kept_S2F)
         _call("forward", blas.value or 0, *shape, *tensors, out_RD, scratch)
@@ -83,10 +84,11 @@ class NativeMLP(torch.autograd.Function):
         tensors = ctx.saved_tensors
         _, _, weights_RK, x_RD, gate_up_e2FD, down_eDF, _ = tensors
         _, _, width_D, width_F, piece = ctx.shape
-        grad_x_RD, grad_weights_RK = torch.zeros_like(x_RD), torch.zeros_like(weights_RK)
-        grad_gate_up_e2FD, grad_down_eDF = torch.empty_like(gate_up_e2FD), torch.empty_like(down_eDF)
-        scratch = x_RD.new_empty(piece * (2 * width_D + 4 * width_F + 3))
-        blas = _torch_blas()
+        grad_x_RD, grad_weights_RK = arena.zeros(x_RD.shape, x_RD), torch.zeros_like(weights_RK)
+        grad_gate_up_e2FD = arena.empty(gate_up_e2FD.shape, gate_up_e2FD)
+        grad_down_eDF = arena.empty(down_eDF.shape, down_eDF)
+        scratch = arena.empty((piece * (2 * width_D + 4 * width_F + 3),), x_RD)
+        blas = torch_blas()
         assert blas is not None
         made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
         _call("backward", blas.value or 0, *ctx.shape, *tensors, grads[0].contiguous(), *made)

@@ -1,0 +1,163 @@
+"""Rows to the other ranks of a group and from them, several tensors in one message.
+
+Ranks of one machine read each other's messages from memory; the others get theirs by an all-to-all of bytes. With
+messages in memory comes a small exchange of notes: it tells that a message is there, and that the one before has been
+read. All that waits goes through torch.distributed, with its time-outs and its errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from alfb_dist import shared_memory
+from alfb_dist.collectives import all_gather_numbers, all_to_all_bytes, exchange_notes
+from alfb_dist.shared_memory import Outbox, Outboxes, Peer
+
+ALIGNMENT = 64  # bytes, of each tensor in a message
+
+Rows = tuple[Tensor, Tensor | None]
+"""A tensor and which of its rows are sent (int64), in order of destination; None for all."""
+
+
+class Layout:
+    """Where the tensors of a message lie, for a number of rows."""
+
+    def __init__(self, like: Sequence[Tensor], num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._kinds = [(t.dtype, t.shape[1:]) for t in like]
+        self._sizes = [num_rows * prod(shape) * dtype.itemsize for dtype, shape in self._kinds]
+        *self._starts, self.num_bytes = accumulate((-(-n // ALIGNMENT) * ALIGNMENT for n in self._sizes), initial=0)
+
+    def views(self, message: Tensor) -> list[Tensor]:
+        """The tensors in a message of `num_bytes` bytes."""
+        return [
+            message[start : start + size].view(dtype).view(self._num_rows, *shape)
+            for start, size, (dtype, shape) in zip(self._starts, self._sizes, self._kinds)
+        ]
+
+
+def _meet(group: ProcessGroup, device: torch.device) -> tuple[list[Peer | None], bool, bool]:
+    """(by rank, the peer whose memory this one reads and who reads its, any such pair?, only such pairs?); collective.
+
+    Whether a rank can read another's memory is tried, not assumed.
+    """
+    rank, trial, card = group.rank(), None, [0] * 5
+    if device.type == "cpu" and shared_memory.available():
+        trial, secret = Outbox(8), int.from_bytes(os.urandom(7), "little")
+        trial.bytes[:8] = torch.tensor([secret]).view(torch.uint8)
+        card = [os.getpid(), shared_memory.network(), secret, trial.file, trial.capacity]
+    cards = all_gather_numbers(card, group, device)
+    reads = [int(trial is not None and r != rank and _reads(*theirs)) for r, theirs in enumerate(cards)]
+    table = all_gather_numbers(reads, group, device)
+    pairs = {(i, j): bool(table[i][j] and table[j][i]) for i in range(len(table)) for j in range(len(table)) if i != j}
+    peers = [Peer(theirs[0]) if pairs.get((rank, r)) else None for r, theirs in enumerate(cards)]
+    return peers, any(pairs.values()), all(pairs.values())
+
+
+def _reads(pid: int, network: int, secret: int, file: int, capacity: int) -> bool:
+    if not pid or network != shared_memory.network():
+        return False
+    try:
+        return int(Peer(pid).read(file, capacity, 0, 8).view(torch.int64)) == secret
+    except (OSError, ValueError):
+        return False
+
+
+class Exchange:
+    """The exchanges of one group of ranks, all on one kind of device."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.rank, self.num_ranks = group.rank(), group.size()
+        self._group = group
+        self._peers: list[Peer | None] | None = None
+        self._by_memory = self._all_by_memory = False
+        self._outboxes: Outboxes | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        """A copied model lives on the same ranks; process groups cannot be copied."""
+        return self
+
+    def swap(
+        self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None = None
+    ) -> tuple[list[list[Tensor]], list[int]]:
+        """What each rank sent to this one, and how many rows; collective.
+
+        send_counts: rows for each rank, in rank order. This rank's own are counted but go nowhere.
+        receive_counts: as an earlier swap told them, or None where they are to be told now.
+        Returns by rank a tensor for each of `rows` (for this one: of no rows), to be read before the next swap; and the
+        rows by rank. Raises RuntimeError on every rank if one of them has counts that do not add up.
+        """
+        like, device = [source for source, _ in rows], rows[0][0].device
+        if self._peers is None:
+            self._peers, self._by_memory, self._all_by_memory = _meet(self._group, device)
+            self._outboxes = Outboxes() if any(self._peers) else None
+        going = self._layouts(like, send_counts)
+        starts, num_bytes = self._places(going)
+        box = None if self._outboxes is None else self._outboxes.next(num_bytes)
+        message = torch.empty(num_bytes, dtype=torch.uint8, device=device) if box is None else box.bytes
+        self._pack(message, rows, send_counts, going, starts)
+
+        where = (0, 0) if box is None else (box.file, box.capacity)
+        notes = [[n, *where, start] for n, start in zip(send_counts, starts)]
+        if receive_counts is None or self._by_memory:
+            source, index = rows[0]
+            notes = exchange_notes(notes, source.shape[0] if index is None else index.numel(), self._group, device)
+            told = [count for count, *_ in notes]
+            if receive_counts is not None and told != receive_counts:
+                raise RuntimeError(f"the ranks of the group send {told} rows, not {receive_counts} as was agreed")
+            receive_counts = told
+        return self._receive(message, going, self._layouts(like, receive_counts), notes), receive_counts
+
+    def _layouts(self, like: list[Tensor], counts: list[int]) -> list[Layout]:
+        return [Layout(like, 0 if r == self.rank else n) for r, n in enumerate(counts)]
+
+    def _places(self, going: list[Layout]) -> tuple[list[int], int]:
+        """(where each rank's message starts, bytes in all): first those that go through the network, in rank order."""
+        assert self._peers is not None
+        starts, total = [0] * self.num_ranks, 0
+        by_memory = [peer is not None for peer in self._peers]
+        for r in sorted(range(self.num_ranks), key=by_memory.__getitem__):
+            starts[r], total = total, total + going[r].num_bytes
+        return starts, total
+
+    def _pack(
+        self, message: Tensor, rows: Sequence[Rows], counts: list[int], going: list[Layout], starts: list[int]
+    ) -> None:
+        stops = list(accumulate(counts))
+        for r, (layout, start) in enumerate(zip(going, starts)):
+            if r == self.rank or not counts[r]:
+                continue
+            part = slice(stops[r] - counts[r], stops[r])
+            for (source, index), view in zip(rows, layout.views(message[start : start + layout.num_bytes])):
+                if index is None:
+                    view.copy_(source[part])
+                else:
+                    torch.index_select(source, 0, index[part], out=view)
+
+    def _receive(
+        self, message: Tensor, going: list[Layout], coming: list[Layout], notes: list[list[int]]
+    ) -> list[list[Tensor]]:
+        assert self._peers is not None
+        arrived: list[Tensor | None] = [None] * self.num_ranks
+        if not self._all_by_memory:
+            sent, received = (
+                [0 if peer else layout.num_bytes for peer, layout in zip(self._peers, layouts)]
+                for layouts in (going, coming)
+            )
+            arrived = list(all_to_all_bytes(message[: sum(sent)], sent, received, self._group))
+        for r, (peer, layout, (_, file, capacity, start)) in enumerate(zip(self._peers, coming, notes)):
+            if peer is not None:
+                try:
+                    arrived[r] = peer.read(file, capacity, start, layout.num_bytes)
+                except OSError as error:
+                    raise RuntimeError(f"rank {r} of the group ended before its rows were read ({error})") from error
+        nothing = message[:0]
+        return [layout.views(nothing if part is None else part) for layout, part in zip(coming, arrived)]
