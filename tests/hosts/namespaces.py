@@ -50,8 +50,12 @@ class Holder:
             return False
 
     def enter(self, *which: str) -> list[str]:
-        """The words before a command that run it inside; all namespaces unless some are given."""
-        return [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={os.getcwd()}"]
+        """The words before a command that run it inside; all namespaces unless some are given.
+
+        The command dies with the process that these words start, which itself stays outside.
+        """
+        words = [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={os.getcwd()}"]
+        return [*words, tool("setpriv"), "--pdeathsig", "KILL"]
 
     def end(self) -> None:
         """Everything inside is dead: the kernel kills a process list with its first process."""
