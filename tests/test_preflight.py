@@ -136,7 +136,7 @@ def test_ranks_that_differ_are_all_refused_with_both_values(ranks: Any, tmp_path
     assert messages[0].startswith(told.format(host=socket.gethostname(), folder=tmp_path))
     assert len(messages[0].splitlines()) == 1
     if what == "data":
-        assert f"validation.tokens is '" in messages[0] and "but 'other' on" in messages[0]
+        assert "validation.tokens is '" in messages[0] and "but 'other' on" in messages[0]
     assert not list(tmp_path.glob("runs/test/*"))
 
 
