@@ -15,16 +15,16 @@ def test_only_shell_blocks_are_commands() -> None:
     assert commands(document) == "set -eux\nfirst\nsecond\nthird\n"
 
 
-@pytest.mark.launch
+@pytest.mark.hosts
 @pytest.mark.timeout(900)
 def test_the_tutorial_runs_as_it_stands(hosts: Hosts, tmp_path: Path) -> None:
     script = commands(TUTORIAL.read_text())
     assert script.count("alfb launch") == 5
     done = hosts.run("host1", ["bash", "-c", script], cwd=tmp_path, env=environment(), timeout=880)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert "the same 8 lines of metrics on one host and on two" in done.stdout
+    assert "the same 7 lines of metrics on one host and on two" in done.stdout
     runs = tmp_path / "runs"
-    assert same_runs(runs / "one-host", runs / "two-hosts")[0].startswith("8 and 11 lines")  # which goes on
-    assert len(metrics(runs / "replicas")) == 8
+    assert same_runs(runs / "one-host", runs / "two-hosts")[0].startswith("7 and 10 lines")  # which goes on
+    assert len(metrics(runs / "replicas")) == 7
     assert (runs / "two-hosts" / "report.html").is_file()
     assert [hosts.processes(host) for host in hosts.names] == [[], []]

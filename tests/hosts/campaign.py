@@ -75,9 +75,7 @@ def cut(hosts: Hosts, folder: Path) -> str:
     resumed = finished(hosts, folder, "cut", 4, *steps, "--set", "run.resume=true")
     if found := same_runs(straight, resumed):
         raise AssertionError("; ".join(found[:3]))
-    return (
-        f"named after {seconds:.1f} s ({TIMEOUT_SECONDS} s timeout), exit code 1, no orphan, resumed to the bit"
-    )
+    return f"named after {seconds:.1f} s ({TIMEOUT_SECONDS} s timeout), exit code 1, no orphan, resumed to the bit"
 
 
 def wait_for(true: Callable[[], bool], seconds: float, otherwise: str) -> None:
