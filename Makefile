@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DS_ACCELERATOR ?= cpu
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint format clean
+.PHONY: help setup demo test faults tutorial-test hosts-test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,12 @@ faults: $(READY)  ## the long fault campaigns, about two hours: signals and cras
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES)
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES) --by-hand
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.restarts --times $(TIMES)
+
+tutorial-test: $(READY)  ## the commands of docs/tutorial.md on two hosts out of network namespaces (root; about 2 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m hosts tests/test_hosts_launch.py
+
+hosts-test: tutorial-test  ## also each launcher, a bad network and a host cut off (about 6 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.hosts.campaign
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ class Lifeline:
         host, port, token = address.rsplit(":", 2)
         self._socket = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
         self._socket.settimeout(None)
+        _notice_silence(self._socket)
         self.tell(token=token, rank=rank, host=socket.gethostname(), pid=os.getpid())
 
     def tell(self, **message: Any) -> None:
@@ -99,6 +100,7 @@ class Lines:
             if key.fileobj is self._server:
                 line = self._server.accept()[0]
                 line.setblocking(False)
+                _notice_silence(line)
                 self._open[line] = _Line()
                 self._selector.register(line, selectors.EVENT_READ)
                 if self.stopping:
@@ -153,3 +155,11 @@ class _Line:
 def _ask(line: socket.socket) -> None:
     with contextlib.suppress(OSError):  # gone: its end will be read
         line.send(b"s")
+
+
+def _notice_silence(line: socket.socket) -> None:
+    """The line ends some seconds after the other host is cut off, which TCP by itself would not notice."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5)):
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

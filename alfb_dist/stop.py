@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-DONE, PREEMPTED, BAD_CONFIG = 0, 75, 78  # exit codes of a run
+DONE, FAILED, PREEMPTED, BAD_CONFIG = 0, 1, 75, 78  # exit codes of a run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE_SECONDS = 3.0

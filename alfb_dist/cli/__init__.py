@@ -12,11 +12,9 @@ from typing import NoReturn
 from alfb_dist.cli import checkpoint, data, launch, report, train
 from alfb_dist.cli.launcher import launched_world
 from alfb_dist.config import ConfigError
-from alfb_dist.stop import BAD_CONFIG
+from alfb_dist.stop import BAD_CONFIG, FAILED
 
 COMMANDS = (train, launch, report, data, checkpoint)
-
-FAILED = 1  # the exit code of a run that other ranks have left alone
 
 
 def _parser() -> argparse.ArgumentParser:

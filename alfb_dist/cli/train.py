@@ -11,7 +11,7 @@ from alfb_dist.cli.launcher import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
 from alfb_dist.launcher import launchers, watch
 from alfb_dist.lifeline import Lifeline
-from alfb_dist.stop import BAD_CONFIG, DONE, PREEMPTED, StopSignals
+from alfb_dist.stop import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
 
 
 def add(commands: Subcommands) -> None:
@@ -73,6 +73,9 @@ def _train(arguments: argparse.Namespace) -> int:
         code = _run(read_config(arguments, world_size), lifeline)
     except ConfigError:
         lifeline.tell(code=BAD_CONFIG)
+        raise
+    except Exception:
+        lifeline.tell(code=FAILED)
         raise
     lifeline.tell(code=code)
     return code

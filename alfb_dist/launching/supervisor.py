@@ -13,11 +13,12 @@ from collections.abc import Callable
 import psutil
 
 from alfb_dist.lifeline import Lines
-from alfb_dist.stop import BAD_CONFIG, DONE, PREEMPTED, StopSignals
+from alfb_dist.stop import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
 
 GRACE_SECONDS = 10.0
 """How long processes may outlive the last rank before they are killed."""
 
+_SSH_FAILED = 255
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of our children become our children
 
 
@@ -99,6 +100,8 @@ def _verdict(launcher_code: int, lines: Lines, ranks: int | None, *, stopped: bo
     told = set(lines.codes.values())
     if BAD_CONFIG in told:
         return BAD_CONFIG
+    if FAILED in told and launcher_code == _SSH_FAILED:
+        return FAILED  # the host that ssh lost is what the others failed by
     if len(told) == 1 and not lines.lost and len(lines.codes) >= (ranks or 1):
         return told.pop()
     if stopped and not told and not lines.lost:

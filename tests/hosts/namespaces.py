@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -49,22 +50,24 @@ class Holder:
             return False
 
     def enter(self, *which: str) -> list[str]:
-        """The words before a command that run it inside; all namespaces unless some are given."""
-        return [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={os.getcwd()}"]
+        """The words before a command that run it inside; all namespaces unless some are given.
+
+        The command dies with the process that these words start, which itself stays outside.
+        """
+        words = [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={os.getcwd()}"]
+        return [*words, tool("setpriv"), "--pdeathsig", "KILL"]
 
     def end(self) -> None:
         """Everything inside is dead: the kernel kills a process list with its first process."""
         if not self.alive:
             return
-        for pid in (self.inner, self.outer):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.inner, signal.SIGKILL)  # the outer process waits for it, and ends
         try:
             os.waitpid(self.outer, 0)
         except ChildProcessError:  # made by an earlier command
-            psutil.wait_procs([psutil.Process(self.outer)] if self.alive else [], timeout=10)
+            while self.alive:
+                time.sleep(0.01)
 
 
 def hold(kinds: Sequence[str], script: str, log: Path, *, die_with_parent: bool) -> Holder:
@@ -74,15 +77,18 @@ def hold(kinds: Sequence[str], script: str, log: Path, *, die_with_parent: bool)
     """
     bound = [tool("setpriv"), "--pdeathsig", "KILL"] if die_with_parent else []
     command = [*bound, tool("unshare"), "--fork", "--kill-child=KILL", *kinds, "sh", "-ec", script]
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env={"PATH": _PATH}
-        )
-    outer = psutil.Process(process.pid)
+    files = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    pid = os.posix_spawn(command[0], command, {"PATH": _PATH}, file_actions=files, setsid=True)
+    outer = psutil.Process(pid)
     deadline = time.monotonic() + 30
-    while not (children := outer.children()) and process.poll() is None and time.monotonic() < deadline:
+    while not (children := outer.children()) and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            outer.kill()
         time.sleep(0.01)
     if not children:
-        process.kill()
         raise RuntimeError(f"namespaces {kinds} could not be made: {log.read_text()}")
-    return Holder(process.pid, children[0].pid, outer.create_time())
+    return Holder(pid, children[0].pid, outer.create_time())
