@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NAME = "alfb_causal"
 """Of this implementation in transformers."""
 
-PIECE = 96
+PIECE = 64
 """Queries that are worked on at once; each piece meets the keys up to its end, so a small one saves more products."""
 
 LONGEST = 2048

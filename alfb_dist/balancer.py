@@ -14,6 +14,7 @@ from alfb_dist.balance import Schedule, check_rule, update_bias
 from alfb_dist.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.mend import mend
 from alfb_dist.moe import sharded_experts
+from alfb_dist.profiling import span
 from alfb_dist.sharding import watch
 
 MODES = ("train", "freeze", "recentre")
@@ -140,6 +141,10 @@ class Balancer:
         biases and `load_LE` as they were. applied: what the loop knows of that; an engine knows itself.
         Raises RuntimeError on every rank if some ranks applied the step and others did not.
         """
+        with span("bias"):
+            return self._step(applied)
+
+    def _step(self, applied: bool | None) -> bool:
         if not self._step_happened():
             return False
         if applied is None:

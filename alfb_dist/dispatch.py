@@ -39,6 +39,13 @@ def _parts(counts: list[int]) -> list[slice]:
     return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts))]
 
 
+def destinations(expert_ids_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
+    """Which tokens go to which rank: (P, T) bool. Empty slots go nowhere."""
+    rank_TK = expert_ids_TK // num_local_experts
+    goes_PT = torch.zeros(num_ranks + 1, len(rank_TK), dtype=torch.bool, device=rank_TK.device)
+    return goes_PT.scatter_(0, rank_TK.T, True)[:num_ranks]
+
+
 def dispatch(
     x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, exchange: Exchange | None
 ) -> tuple[Tensor, Tensor, Tensor, Route | None]:
@@ -50,12 +57,9 @@ def dispatch(
     """
     if exchange is None or exchange.num_ranks == 1:
         return x_TD, expert_ids_TK, weights_TK, None
-    num_ranks, num_tokens = exchange.num_ranks, x_TD.shape[0]
-    rank_TK = expert_ids_TK // num_local_experts
-    goes_PT = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.bool, device=x_TD.device)
-    goes_PT = goes_PT.scatter_(0, rank_TK.T, True)[:num_ranks]  # empty slots go nowhere
+    goes_PT = destinations(expert_ids_TK, num_local_experts, exchange.num_ranks)
     rank_N, token_N = goes_PT.nonzero(as_tuple=True)
-    route = Route(exchange, num_tokens, token_N, goes_PT.sum(1).tolist(), [])
+    route = Route(exchange, x_TD.shape[0], token_N, goes_PT.sum(1).tolist(), [])
 
     local_NK = expert_ids_TK.index_select(0, token_N) - (rank_N * num_local_experts)[:, None]
     empty_NK = (local_NK < 0) | (local_NK >= num_local_experts)

@@ -64,6 +64,7 @@ def initialize(
     mode: str | Sequence[str] = "train",
     sequence_loss_alpha: float = 0.0,
     batch_loss_alpha: float = 0.0,
+    max_rows: int = 0,
     timeout_seconds: float = 600,
     model_parameters: Any = None,
     **deepspeed_arguments: Any,
@@ -90,13 +91,14 @@ def initialize(
         "mode": mode,
         "sequence_loss_alpha": sequence_loss_alpha,
         "batch_loss_alpha": batch_loss_alpha,
+        "max_rows": max_rows,
     }
     joined = with_section(section, given, initialize.__kwdefaults__ or {})
     if joined["ep_degree"] is None:
         raise ValueError("ep_degree is missing: give it as an argument, or in the section alf_lb of ds_config")
     check_rule(joined["rule"], joined["rate"](0) if callable(joined["rate"]) else joined["rate"])
     check_mode(joined["mode"])
-    shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha")}
+    shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha", "max_rows")}
     parallelize(model, timeout_seconds=timeout_seconds, **shards)
     _check_frozen(model, ds_config)
     if callable(model_parameters):

@@ -85,6 +85,10 @@ class Exchange:
         """A copied model lives on the same ranks; process groups cannot be copied."""
         return self
 
+    def tell_all(self, numbers: list[int], device: torch.device) -> list[list[int]]:
+        """Each rank's numbers (equally many), in rank order; collective."""
+        return all_gather_numbers(numbers, self._group, device)
+
     def swap(
         self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None = None
     ) -> tuple[list[list[Tensor]], list[int]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from alfb_dist.aux_loss import LossScale, attach, batch_loss, sequence_loss
 from alfb_dist.collectives import Group
 from alfb_dist.families import num_choices, score_matrix
+from alfb_dist.profiling import span
 from alfb_dist.router import RouterSpec, gate_scores
 from alfb_dist.trial import find_rule, float32_logits, weights_and_ids
 
@@ -120,6 +121,10 @@ class BalancedGate(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The family's (logits, weights, expert ids) and what else it returns, counted if this forward trains."""
+        with span("route"):
+            return self._counted(hidden_states, *args, **kwargs)
+
+    def _counted(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.fast:
             output = self._route(hidden_states)
         else:

@@ -9,10 +9,12 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from alfb_dist.bounded import within
 from alfb_dist.dispatch import combine, dispatch
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts import expert_mlp
 from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
+from alfb_dist.profiling import span
 from alfb_dist.topology import Grid, grid_ranks
 
 
@@ -24,9 +26,9 @@ class ShardedExperts(AutoEPMoELayer):
     that class: nothing of its construction or forward runs here.
     """
 
-    def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None) -> None:
+    def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None, max_rows: int = 0) -> None:
         nn.Module.__init__(self)
-        self.exchange = exchange
+        self.exchange, self.max_rows = exchange, max_rows
         self.num_experts: int = count_experts(experts)
         self.grid = grid
         self.ep_size = 1 if grid is None else grid.ep_degree
@@ -63,17 +65,27 @@ class ShardedExperts(AutoEPMoELayer):
         identity_TK = top_k_index >= self.num_experts if any(self.unread_rows.values()) else None
         if identity_TK is not None:
             top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
-        rows_RD, ids_RK, weights_RK, route = dispatch(
-            hidden_states, top_k_index, top_k_weights, self.num_local_experts, self.exchange
-        )
-        if self.part is None:
-            out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        if self.max_rows:
+            out_TD = within(self.max_rows, self._compute, *inputs, self.num_local_experts, self.exchange)
         else:
-            out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
-        out_TD = combine(out_RD, route)
+            out_TD = self._compute(*inputs)
         if identity_TK is not None:
             out_TD = out_TD + hidden_states * (top_k_weights * identity_TK).sum(-1, keepdim=True).to(out_TD.dtype)
         return out_TD
+
+    def _compute(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        with span("dispatch"):
+            rows_RD, ids_RK, weights_RK, route = dispatch(
+                x_TD, expert_ids_TK, weights_TK, self.num_local_experts, self.exchange
+            )
+        with span("experts"):
+            if self.part is None:
+                out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+            else:
+                out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
+        with span("combine"):
+            return combine(out_RD, route)
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None

@@ -136,6 +136,7 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
         mode=bias_mode(config),
         sequence_loss_alpha=balance.sequence_loss_alpha,
         batch_loss_alpha=balance.batch_loss_alpha,
+        max_rows=config.parallel.max_rows,
         timeout_seconds=start_patience(config),
         model_parameters=lambda sharded: parameter_groups(sharded, config.optimizer.weight_decay),
         lr_scheduler=lr_schedule(config),

@@ -130,6 +130,7 @@ def parallelize(
     ep_degree: int,
     sequence_loss_alpha: float = 0.0,
     batch_loss_alpha: float = 0.0,
+    max_rows: int = 0,
     timeout_seconds: float = 600,
 ) -> Model:
     """The same model with the experts of each MoE block sharded over `ep_degree` ranks; in place, collective.
@@ -141,6 +142,8 @@ def parallelize(
     sequence_loss_alpha: coefficient of DeepSeek-V3's sequence-wise loss (arXiv:2412.19437, equation 17); 0 is off.
     batch_loss_alpha: coefficient of the classical auxiliary loss over the batch of all ranks; 0 is off.
         Both act on the gradients only: the loss that the model returns stays the language model's.
+    max_rows: rows of tokens that a rank's experts hold at once; more come in pieces, which are computed again in the
+        backward, so that memory does not follow the busiest rank. At least ep_degree; 0: all at once.
     timeout_seconds: of every exchange in the groups made here.
     With reentrant activation checkpointing, let a micro-batch's backward follow its forward: the recompute counts
     padding by the newest training forward's attention mask.
@@ -150,11 +153,13 @@ def parallelize(
     _check(model, blocks, ep_degree)
     if min(sequence_loss_alpha, batch_loss_alpha) < 0:
         raise ValueError(f"loss coefficients must be >= 0, got {sequence_loss_alpha} and {batch_loss_alpha}")
+    if max_rows != 0 and max_rows < ep_degree:
+        raise ValueError(f"max_rows must be 0 or at least ep_degree ({ep_degree}), got {max_rows}")
     aux = AuxLosses(sequence_loss_alpha, batch_loss_alpha, world_group())
     watch(model, aux)
     grid = None if world_group() is None else make_grid(ep_degree, timeout_seconds=timeout_seconds)
     exchange = None if grid is None else Exchange(grid.ep_group)
     with torch.no_grad():
         for block in blocks:
-            block.module.experts = ShardedExperts(block.module.experts, grid, exchange)
+            block.module.experts = ShardedExperts(block.module.experts, grid, exchange, max_rows)
     return model

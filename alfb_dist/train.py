@@ -16,36 +16,61 @@ from alfb_dist import checkpoint, metrics
 from alfb_dist.collectives import all_sum
 from alfb_dist.config import Config
 from alfb_dist.gate import measure_loads
+from alfb_dist.profiling import span
+from alfb_dist.profiling.recorder import NoRecorder, Recorder, open_recorder
 from alfb_dist.run import Run, start
 from alfb_dist.stop import DONE, PREEMPTED, StopSignals
 
 
-def train(config: Config, stop: StopSignals | None = None, on_start: Callable[[Run], None] | None = None) -> int:
+def train(
+    config: Config,
+    stop: StopSignals | None = None,
+    on_start: Callable[[Run], None] | None = None,
+    *,
+    profile: bool = False,
+) -> int:
     """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks.
 
     stop: what asks it to stop; signals unless given. on_start: called once the run stands at its first step.
+    profile: the first and the last rank keep a trace of a few steps in the run folder.
     """
     run = start(config)
     if on_start is not None:
         on_start(run)
     last = stopping = False
-    with contextlib.nullcontext(stop) if stop else StopSignals() as signals, run.peers.watch():
+    with (
+        contextlib.nullcontext(stop) if stop else StopSignals() as signals,
+        recorder_of(run, profile) as recorder,
+        run.peers.watch(),
+    ):
         for step in range(run.first_step + 1, config.train.steps + 1):
             run.peers.step, lr, begun = step, run.engine.get_lr()[0], time.perf_counter()
-            batch = next_batch(run, step)
+            with span("data"):
+                batch = next_batch(run, step)
             part = forward_backward_step(run, batch)
             run.balancer.step()
             loss, stopping = agree(run, part, signals.asked)
             report(run, step, batch, loss, lr, time.perf_counter() - begun)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):
-                evaluate(run, step)
+                with span("evaluate"):
+                    evaluate(run, step)
             if due(step, config.train.checkpoint_interval, last or stopping):
-                save(run, step)
+                with span("checkpoint"):
+                    save(run, step)
+            recorder.step()
             if stopping:
                 break
     run.reporter.close(run.summary)
     return PREEMPTED if stopping and not last else DONE
+
+
+def recorder_of(run: Run, profile: bool) -> Recorder | NoRecorder:
+    """What records this rank's steps, if anything does."""
+    if not profile:
+        return NoRecorder()
+    steps = run.config.train.steps - run.first_step
+    return open_recorder(run.folder, run.group.rank(), run.group.size(), steps, run.engine.module, run.reporter.message)
 
 
 @dataclass(frozen=True)
@@ -104,7 +129,8 @@ def forward_backward_step(run: Run, batch: StepBatch) -> Tensor:
     for micro_batch in batch.micro_batches:
         loss = run.engine(**on_device(run, micro_batch), num_items_in_batch=mean_targets).loss
         run.engine.backward(loss)
-        run.engine.step()
+        with span("optimizer"):
+            run.engine.step()
         total += loss.detach()
     return total / parts
 

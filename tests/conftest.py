@@ -16,6 +16,8 @@ from ranks import run_ranks
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton, where it is installed, then runs on a CPU
 torch.set_num_threads(1)  # two cores are few: threads of a small product wait for each other more than they work
 
 

@@ -19,10 +19,10 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop lifeline launcher network config placement topology collectives peers agreement metrics balance router aux_loss
-    arena shared_memory exchange dispatch experts attention families trial gate moe sharding mend autoep balancer
-    callback model data ds_config engine checkpoint pretrained report estimate run_folder preflight run train bench
-    launching cli
+    stop profiling lifeline launcher network config placement topology collectives peers agreement metrics balance
+    router aux_loss arena shared_memory exchange dispatch bounded experts attention families trial gate moe sharding
+    mend autoep balancer callback model data ds_config engine checkpoint pretrained report estimate run_folder
+    preflight run train bench launching cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 

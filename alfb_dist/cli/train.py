@@ -37,6 +37,9 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="such as balance.rate=0.001"
     )
+    command.add_argument(
+        "--profile", action="store_true", help="keep a profiler trace of a few steps in the run folder, and tell"
+    )
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
@@ -44,7 +47,7 @@ def settings_of(arguments: argparse.Namespace) -> list[str]:
     words = [str(_path(arguments)), *(word for override in arguments.overrides for word in ("--set", override))]
     if arguments.deepspeed_config:
         words += ["--deepspeed", "--deepspeed_config", str(arguments.deepspeed_config)]
-    return words
+    return [*words, "--profile"] if arguments.profile else words
 
 
 def read_config(arguments: argparse.Namespace, world_size: int | None = None) -> Config:
@@ -70,7 +73,7 @@ def _train(arguments: argparse.Namespace) -> int:
     rank, world_size = launched_world()
     lifeline = _connect(arguments.lifeline, rank)
     try:
-        code = _run(read_config(arguments, world_size), lifeline)
+        code = _run(read_config(arguments, world_size), lifeline, profile=arguments.profile)
     except ConfigError:
         lifeline.tell(code=BAD_CONFIG)
         raise
@@ -81,7 +84,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _run(config: Config, lifeline: Lifeline) -> int:
+def _run(config: Config, lifeline: Lifeline, *, profile: bool) -> int:
     """The run has ended with this exit code. The process's signals ask it to stop, from here to the process's end."""
 
     def nothing_to_save() -> None:
@@ -99,7 +102,7 @@ def _run(config: Config, lifeline: Lifeline) -> int:
         lifeline.tell(folder=str(run.folder))
         stop.start()
 
-    return train(config, stop, started)
+    return train(config, stop, started, profile=profile)
 
 
 def _connect(address: str, rank: int) -> Lifeline:

@@ -97,6 +97,12 @@ def world(settings: Settings) -> Iterator[str]:
         yield from divisible(f"the number of ranks ({size})", size, f"parallel.ep_degree ({ep_degree})", ep_degree)
 
 
+def max_rows(settings: Settings) -> Iterator[str]:
+    rows, ep_degree = settings("parallel.max_rows"), settings("parallel.ep_degree")
+    if 0 < rows < ep_degree:
+        yield f"parallel.max_rows ({rows}) must be 0 or at least parallel.ep_degree ({ep_degree})"
+
+
 def batch(settings: Settings) -> Iterator[str]:
     """The global batch splits evenly over ranks; before their number is known, over those of one expert group."""
     total, micro = settings("train.global_batch"), settings("train.micro_batch")
@@ -158,6 +164,7 @@ def _is_whole(value: Any) -> bool:
 
 TABLE_RULES: tuple[Rule, ...] = (
     world,
+    max_rows,
     batch,
     balance_schedule,
     lr_schedule,

@@ -82,6 +82,11 @@ class ParallelConfig(_Table):
         default="prefer-node",
         description='experts of a group that fit on one host but are not: told, refused ("node"), or not looked at',
     )
+    max_rows: int = Field(
+        default=0,
+        ge=0,
+        description="rows that a rank's experts hold at once, more being computed in pieces, twice; 0: all at once",
+    )
 
 
 class BalanceConfig(_Table):

@@ -50,6 +50,7 @@ class Chart:
     from_zero: bool = False
     whole: bool = False
     x_label: str = "optimizer step"
+    x_name: str = "step"  # of the value under the pointer
 
 
 def line_chart(chart: Chart) -> str:
@@ -132,6 +133,13 @@ def _hover(chart: Chart, x_axis: Axis) -> str:
             values = [float(f"{value:.5g}") if np.isfinite(value) else None for value in y]
             series.append({"label": line.label, "x": x.tolist(), "y": values})
     return json.dumps(
-        {"low": x_axis.low, "high": x_axis.high, "start": x_axis.start, "stop": x_axis.stop, "series": series},
+        {
+            "name": chart.x_name,
+            "low": x_axis.low,
+            "high": x_axis.high,
+            "start": x_axis.start,
+            "stop": x_axis.stop,
+            "series": series,
+        },
         separators=(",", ":"),
     )

@@ -77,12 +77,12 @@ document.querySelectorAll('svg[data-hover]').forEach(svg=>{
       line.x.forEach((x,i)=>{if(line.y[i]!==null&&(best<0||Math.abs(x-wanted)<Math.abs(line.x[best]-wanted)))best=i});
       if(best<0)continue;
       if(step===null)step=line.x[best];
-      const other=line.x[best]===step?'':' (step '+line.x[best]+')';
+      const other=line.x[best]===step?'':' ('+chart.name+' '+line.x[best]+')';
       lines.push(line.label+': '+line.y[best]+other)}
     if(step===null)return hide();
     const x=chart.start+(step-chart.low)/(chart.high-chart.low)*(chart.stop-chart.start);
     cursor.setAttribute('x1',x);cursor.setAttribute('x2',x);svg.append(cursor);
-    show(event,'step '+step+'\\n'+lines.join('\\n'))});
+    show(event,chart.name+' '+step+'\\n'+lines.join('\\n'))});
   svg.addEventListener('mouseleave',()=>{cursor.remove();hide()})});
 const pixels=new WeakMap();
 const read=image=>{if(!pixels.has(image)){

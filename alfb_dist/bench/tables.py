@@ -1,0 +1,77 @@
+"""A benchmark's figures as tables: for a terminal and for a document."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from alfb_dist.bench.sizes import Case
+from alfb_dist.run_folder import versions
+
+Figures = dict[str, Any]
+
+HEAD = ("", "ms, median [min, max]", "times the products, median [min, max]", "kept, bytes a row", "peak")
+
+
+def shown(spread: dict[str, float]) -> str:
+    """A median with its range."""
+    return f"{spread['median']:.2f} [{spread['min']:.2f}, {spread['max']:.2f}]"
+
+
+def megabytes(number: float) -> str:
+    """Bytes in powers of 1024."""
+    return f"{number / 2**20:.1f} MiB"
+
+
+def case_rows(figures: Figures) -> list[tuple[str, ...]]:
+    """A row for each contestant, the fastest first, with HEAD's columns."""
+    found = sorted(figures["results"].items(), key=lambda item: item[1]["ms"]["median"])
+    return [
+        (
+            name,
+            shown(one["ms"]),
+            shown(one["ratio"]),
+            f"{one['kept_bytes_per_row']:.0f}" if "kept_bytes_per_row" in one else "",
+            megabytes(one["peak_bytes"]) if "peak_bytes" in one else "",
+        )
+        for name, one in found
+    ]
+
+
+def scaling_rows(all_figures: list[Figures], axis: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(head, rows): a row for each value of the axis, with each contestant's milliseconds and its ratio."""
+    names = list(all_figures[0]["results"])
+    rows = []
+    for figures in all_figures:
+        found = [figures["results"][name] for name in names]
+        cells = [
+            f"{one['ms']['median']:.2f}" + ("" if name == names[-1] else f" (x{one['ratio']['median']:.2f})")
+            for name, one in zip(names, found)
+        ]
+        rows.append((str(figures["case"][axis]), *cells))
+    return (axis, *names), rows
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table for a document."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def machine() -> str:
+    """This machine and the versions that count, in one line."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    names = ("torch", "transformers", "deepspeed")
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items() if name in names)
+    return f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}"
+
+
+def title(figures: Figures) -> str:
+    """The case in one line, with the threads of a rank."""
+    return f"{Case(**figures['case']).describe()}, {figures['threads']} thread(s) a rank"

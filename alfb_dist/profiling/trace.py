@@ -1,0 +1,159 @@
+"""What a Chrome trace of torch's profiler says about the package's ranges: pure functions of its events.
+
+A range is marked in the forward only. Each operation that autograd will differentiate carries a sequence number in the
+trace, and so does the node of the backward that belongs to it: so every node's range is known, also in modules that are
+not ours, and nothing has to be built into the graph for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Event = dict[str, Any]
+
+BESIDE = ("evaluate", "checkpoint")
+"""What may come between two training steps. Ranges inside these are not counted."""
+RANGES = ("data", "route", "dispatch", "experts", "combine", "shared", "optimizer", "bias", *BESIDE)
+"""The ranges of a training step, in the order in which they come."""
+STEP = "ProfilerStep#"
+_NODE = "autograd::engine::evaluate_function: "
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where time went: milliseconds a step in the forward and in the backward; on an accelerator also its own."""
+
+    name: str
+    forward_ms: float
+    backward_ms: float
+    device_ms: float = 0.0
+
+
+def _end(event: Event) -> float:
+    return float(event["ts"] + event["dur"])
+
+
+def _complete(events: Iterable[Event]) -> list[Event]:
+    """The events with a duration, by their start; of those that start together the longer first."""
+    return sorted((e for e in events if e.get("ph") == "X" and "dur" in e), key=lambda e: (e["ts"], -e["dur"]))
+
+
+def _is_range(event: Event) -> bool:
+    return event.get("cat") == "user_annotation" and event["name"] in RANGES
+
+
+def _in_ranges(events: list[Event]) -> list[tuple[Event, str | None]]:
+    """Each event of the host with the innermost range that it starts in on its thread."""
+    open_ranges: dict[Any, list[Event]] = defaultdict(list)
+    found: list[tuple[Event, str | None]] = []
+    for event in events:
+        stack = open_ranges[event["tid"]]
+        while stack and _end(stack[-1]) <= event["ts"]:
+            stack.pop()
+        if _is_range(event):
+            stack.append(event)
+        else:
+            found.append((event, stack[-1]["name"] if stack else None))
+    return found
+
+
+def mark_backward(events: list[Event]) -> list[Event]:
+    """Ranges named "NAME backward" over the nodes that differentiate what NAME ran, to be added to the events.
+
+    Neighbouring nodes of one range are one; accumulating a gradient belongs to no range.
+    """
+    range_of: dict[int, str | None] = {}
+    marks: list[Event] = []
+    for event, name in _in_ranges(_complete(events)):
+        number = event.get("args", {}).get("Sequence number")
+        if not event["name"].startswith(_NODE):
+            if number is not None and not event["name"].endswith("Backward"):
+                range_of[number] = name  # the last operation that has seen a number is the one that used it
+            continue
+        of = name or range_of.get(number)
+        last = marks[-1] if marks else None
+        if of is None:
+            marks.append({"name": ""})
+        elif last and last["name"] == f"{of} backward" and last["tid"] == event["tid"]:
+            last["dur"] = _end(event) - last["ts"]
+        else:
+            kept = {key: event[key] for key in ("ph", "ts", "dur", "pid", "tid")}
+            marks.append({**kept, "cat": "user_annotation", "name": f"{of} backward"})
+    return [mark for mark in marks if mark["name"]]
+
+
+def _own_time(ranges: list[Event]) -> dict[str, float]:
+    """Microseconds in each range by name, without those in a range inside it."""
+    spent: dict[str, float] = defaultdict(float)
+    open_ranges: dict[Any, list[Event]] = defaultdict(list)
+    for event in ranges:
+        stack = open_ranges[event["tid"]]
+        while stack and _end(stack[-1]) <= event["ts"]:
+            stack.pop()
+        if stack:
+            spent[stack[-1]["name"]] -= event["dur"]
+        spent[event["name"]] += event["dur"]
+        stack.append(event)
+    return spent
+
+
+def _device_time(events: list[Event], marks: list[Event]) -> dict[str, float]:
+    """Microseconds of the accelerator's kernels by the range in whose forward or backward the host launched them."""
+    renamed = [{**mark, "name": mark["name"].removesuffix(" backward")} for mark in marks]
+    launched = {
+        event["args"]["External id"]: name
+        for event, name in _in_ranges(_complete([*events, *renamed]))
+        if event.get("cat") == "cpu_op" and "External id" in event.get("args", {})
+    }
+    spent: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            spent[launched.get(event.get("args", {}).get("External id")) or ""] += event["dur"]
+    return spent
+
+
+def _of_training(events: list[Event]) -> list[Event]:
+    """The events without what happens inside an evaluation or a save."""
+    beside = [e for e in events if _is_range(e) and e["name"] in BESIDE]
+    return [
+        e
+        for e in events
+        if not any(e is not b and e.get("tid") == b["tid"] and b["ts"] <= e.get("ts", -1) < _end(b) for b in beside)
+    ]
+
+
+def where_time_goes(events: list[Event], marks: list[Event]) -> list[Share]:
+    """Each range's share of a step, then what is in none of them, then the whole step. Empty without a whole step."""
+    events, marks = _of_training(events), _of_training(marks)
+    steps = [e for e in _complete(events) if e["name"].startswith(STEP) and e.get("cat") == "user_annotation"]
+    if not steps:
+        return []
+    per_step_ms = 1 / (1e3 * len(steps))
+    inside = [e for e in _complete([*events, *marks]) if _is_range(e) or e["name"].endswith(" backward")]
+    spent = _own_time([e for e in inside if e.get("cat") == "user_annotation"])
+    device = _device_time(events, marks)
+    shares = [
+        Share(name, spent[name] * per_step_ms, spent[f"{name} backward"] * per_step_ms, device[name] * per_step_ms)
+        for name in RANGES
+    ]
+    whole = sum(step["dur"] for step in steps) * per_step_ms
+    rest = whole - sum(s.forward_ms + s.backward_ms for s in shares)
+    everything = sum(device.values()) * per_step_ms
+    return [*shares, Share("other", rest, 0.0, device[""] * per_step_ms), Share("step", whole, 0.0, everything)]
+
+
+def as_text(shares: list[Share]) -> str:
+    """The shares as a table of plain text."""
+    with_device = any(s.device_ms for s in shares)
+    whole = shares[-1].forward_ms or 1.0
+    lines = [f"{'ms a step':<12}{'forward':>10}{'backward':>10}{'share':>8}" + ("    device" if with_device else "")]
+    for s in shares:
+        if not (s.forward_ms or s.backward_ms):
+            continue
+        share = (s.forward_ms + s.backward_ms) / whole
+        line = f"{s.name:<12}{s.forward_ms:>10.2f}{s.backward_ms:>10.2f}{share:>8.1%}"
+        lines.append(line + (f"{s.device_ms:>10.2f}" if with_device else ""))
+    return "\n".join(lines)
