@@ -33,7 +33,7 @@ faults: $(READY)  ## the long fault campaigns, about two hours: signals and cras
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.restarts --times $(TIMES)
 
 tutorial-test: $(READY)  ## the commands of docs/tutorial.md on two hosts out of network namespaces (root; about 2 minutes)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m hosts tests/test_hosts_launch.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "" tests/test_hosts_launch.py
 
 hosts-test: tutorial-test  ## also each launcher, a bad network and a host cut off (about 6 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.hosts.campaign

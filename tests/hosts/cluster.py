@@ -133,12 +133,14 @@ class Hosts:
 
     def popen(self, host: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """The command runs on the host."""
-        return subprocess.Popen([*self.holders[host].enter(), *command], text=True, **options)
+        inside = self.holders[host].enter(cwd=options.pop("cwd", None))
+        return subprocess.Popen([*inside, *command], text=True, **options)
 
     def run(self, host: str, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """The command has run on the host; its output is captured."""
         given = {"capture_output": True, "text": True, "check": False, "timeout": 300, **options}
-        return subprocess.run([*self.holders[host].enter(), *command], **given)
+        inside = self.holders[host].enter(cwd=given.pop("cwd", None))
+        return subprocess.run([*inside, *command], **given)
 
     def processes(self, host: str) -> list[str]:
         """The commands that run on the host, without its sshd's and the question itself."""

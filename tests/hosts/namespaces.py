@@ -49,12 +49,12 @@ class Holder:
         except psutil.NoSuchProcess:
             return False
 
-    def enter(self, *which: str) -> list[str]:
-        """The words before a command that run it inside; all namespaces unless some are given.
+    def enter(self, *which: str, cwd: str | Path | None = None) -> list[str]:
+        """The words before a command that run it inside, in this folder; all namespaces unless some are given.
 
         The command dies with the process that these words start, which itself stays outside.
         """
-        words = [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={os.getcwd()}"]
+        words = [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={cwd or os.getcwd()}"]
         return [*words, tool("setpriv"), "--pdeathsig", "KILL"]
 
     def end(self) -> None:
