@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DS_ACCELERATOR ?= cpu
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults tutorial-test hosts-test lint format clean
+.PHONY: help setup demo test faults tutorial-test hosts-test image-test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ tutorial-test: $(READY)  ## the commands of docs/tutorial.md on two hosts out of
 
 hosts-test: tutorial-test  ## also each launcher, a bad network and a host cut off (about 6 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.hosts.campaign
+
+image-test: $(READY)  ## build the cpu image without a Docker engine and train in it (root, buildah, debootstrap)
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh cpu localhost/alfb_dist:cpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" ALFB_IMAGE=localhost/alfb_dist:cpu $(BIN)/python -m pytest tests/test_images.py
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ ORDER = """
     stop profiling lifeline launcher network config placement topology collectives peers agreement metrics balance
     router aux_loss arena shared_memory exchange dispatch bounded experts attention families trial gate moe sharding
     mend autoep balancer callback model data ds_config engine checkpoint pretrained report estimate run_folder
-    preflight run train bench launching cli
+    preflight run train bench launching doctor cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 
@@ -40,6 +40,7 @@ HARMLESS = {
     "group",
     "is_available",
     "is_initialized",
+    "is_nccl_available",
 }
 # ProcessGroup's own methods that communicate.
 METHODS = {"allgather", "allreduce", "alltoall", "alltoall_base", "reduce_scatter", "recv_anysource"}

@@ -49,13 +49,18 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         made.replace(library)  # whole or not at all, whoever else compiles it now
 
 
+def find_compiler() -> str | None:
+    """The C compiler: $CC, else cc, gcc or clang; None if there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+
+
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | None:
     """The compiled source, or None where there is no compiler, it fails, or ALFB_NATIVE=0 is set.
 
     Compiling takes a quarter of a second, once per machine and version of the source. Why None is logged, once.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    compiler = find_compiler()
     if os.environ.get("ALFB_NATIVE") == "0" or compiler is None:
         log.info(
             "plain torch between the experts' products: %s", "no C compiler" if compiler is None else "ALFB_NATIVE=0"
