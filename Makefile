@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 export DS_ACCELERATOR ?= cpu
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test image-test lint format clean
+.PHONY: help setup demo test faults tutorial-test hosts-test image-test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,18 @@ demo: $(READY)  ## train a tiny DeepSeek-V3 on two expert-parallel ranks (about 
 
 test: $(READY)  ## the whole CPU test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+TIMES ?= 20
+faults: $(READY)  ## the long fault campaigns, about two hours: signals and crashes, each TIMES (20) times
+	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES)
+	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES) --by-hand
+	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.restarts --times $(TIMES)
+
+tutorial-test: $(READY)  ## the commands of docs/tutorial.md on two hosts out of network namespaces (root; about 2 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "" tests/test_hosts_launch.py
+
+hosts-test: tutorial-test  ## also each launcher, a bad network and a host cut off (about 6 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.hosts.campaign
 
 image-test: $(READY)  ## build the cpu image without a Docker engine and train in it (root, buildah, debootstrap)
 	PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh cpu localhost/alfb_dist:cpu

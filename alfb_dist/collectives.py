@@ -5,6 +5,8 @@ A group of None is this process alone, where torch.distributed is not up.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -59,6 +61,17 @@ def broadcast_(x: Tensor, group: Group) -> None:
         dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
 
 
+def known_groups() -> set[ProcessGroup]:
+    """Every group that this process has made or takes part in."""
+    return set(dist.distributed_c10d._world.pg_map) if dist.is_available() and dist.is_initialized() else set()
+
+
+def set_timeouts(seconds: float, groups: Iterable[ProcessGroup]) -> None:
+    """An exchange in these groups waits at most so long. Groups made without a timeout would wait 30 minutes."""
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def broadcast_object(value: Any, group: Group) -> Any:
     """The first rank's value (any plain object) on every rank; collective."""
     box = [value]
@@ -74,6 +87,12 @@ def gather_objects(value: Any, group: Group) -> list[Any] | None:
     gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(value, gathered, dst=dist.get_global_rank(group, 0), group=group)
     return gathered
+
+
+def share_objects(value: Any, group: Group) -> list[Any]:
+    """Each rank's value (any plain object) in rank order, on every rank; collective."""
+    shared: list[Any] = broadcast_object(gather_objects(value, group), group)
+    return shared
 
 
 def barrier(group: Group) -> None:

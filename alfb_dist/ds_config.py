@@ -5,16 +5,50 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
-from alfb_dist.config import Config
+from alfb_dist.balance import rate_schedule
+from alfb_dist.config import Config, read_section
+from alfb_dist.config.deepspeed_json import SECTION, read_deepspeed_json
+from alfb_dist.config.keys import DEEPSPEED_KEYS, DERIVED_KEYS
+from alfb_dist.config.text import nearest
+
+
+def read_ds_config(ds_config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(DeepSpeed's configuration, our section `alf_lb` of it), from a dict or a file; ValueError if it is no object."""
+    given = ds_config if isinstance(ds_config, dict) else read_deepspeed_json(Path(ds_config))
+    return {key: value for key, value in given.items() if key != SECTION}, read_section(given.get(SECTION, {}))
+
+
+def with_section(section: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the section's in the place of defaults; ValueError where one that was given is another."""
+    for key, value in section.items():
+        if key in given and given[key] != defaults[key] and given[key] != value:
+            raise ValueError(f"{key} ({given[key]!r}) and {SECTION}.{key} ({value!r}) contradict each other: give one")
+    joined = {**given, **{key: value for key, value in section.items() if key in given}}
+    course = {key: section[key] for key in ("warmup_steps", "zero_at_step") if key in section}
+    if course:
+        if callable(joined["rate"]):
+            raise ValueError(f"rate is a function: leave {', '.join(course)} out of {SECTION}")
+        joined["rate"] = rate_schedule(joined["rate"], **course)
+    if joined["mode"] == "auto":
+        joined["mode"] = "train"
+    return joined
 
 
 def check_ds_config(ds_config: dict[str, Any]) -> None:
-    """Nothing, or ValueError naming the key that expert parallelism cannot go with."""
+    """Nothing, or ValueError naming the key that expert parallelism cannot go with, or that nothing would read."""
+    known = (*DEEPSPEED_KEYS, *DERIVED_KEYS)
+    for key in ds_config.keys() - set(known):
+        if near := nearest(key, known):  # DeepSpeed says nothing about keys that it does not know
+            raise ValueError(f"{key} is no key of DeepSpeed: did you mean {near}?")
+    clipping = ds_config.get("gradient_clipping", 0.0)
+    if isinstance(clipping, int | float) and not clipping >= 0:
+        raise ValueError(f"gradient_clipping ({clipping}) must be at least 0; 0 is no limit")
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,7 +18,8 @@ from torch import nn
 from alfb_dist.attention import choose_attention
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
-from alfb_dist.ds_config import check_ds_config, with_defaults
+from alfb_dist.collectives import known_groups, set_timeouts
+from alfb_dist.ds_config import check_ds_config, read_ds_config, with_defaults, with_section
 from alfb_dist.sharding import parallelize
 
 
@@ -42,9 +44,9 @@ def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> N
 
 def initialize(
     model: nn.Module,
-    ds_config: dict[str, Any],
+    ds_config: dict[str, Any] | str | Path,
     *,
-    ep_degree: int,
+    ep_degree: int | None = None,
     rule: str = "sign",
     rate: float | Schedule = 1e-3,
     centered: bool = False,
@@ -59,33 +61,45 @@ def initialize(
     """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
 
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
-    ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,
-        with float32 too. On CPU, Adam and AdamW are torch's fused ones.
+    ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2, or the path of one. Its section `alf_lb` may hold
+        ep_degree, rule, rate, centered, mode and the other keys of [parallel] and [balance] instead of arguments.
+        Steps whose gradients are not finite are skipped, with float32 too. On CPU, Adam and AdamW are torch's fused.
     model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
         the parallelised model, whose experts are new parameters. All that require gradients unless given.
     deepspeed_arguments: more for `deepspeed.initialize`, such as optimizer or lr_scheduler.
+    timeout_seconds: how long an exchange waits for other ranks, in groups made here, DeepSpeed's own among them.
     Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
     """
+    ds_config, section = read_ds_config(ds_config)
     check_ds_config(ds_config)
-    check_rule(rule, rate(0) if callable(rate) else rate)
-    check_mode(mode)
-    parallelize(
-        model,
-        ep_degree=ep_degree,
-        sequence_loss_alpha=sequence_loss_alpha,
-        batch_loss_alpha=batch_loss_alpha,
-        max_rows=max_rows,
-        timeout_seconds=timeout_seconds,
-    )
+    given = {
+        "ep_degree": ep_degree,
+        "rule": rule,
+        "rate": rate,
+        "centered": centered,
+        "mode": mode,
+        "sequence_loss_alpha": sequence_loss_alpha,
+        "batch_loss_alpha": batch_loss_alpha,
+        "max_rows": max_rows,
+    }
+    joined = with_section(section, given, initialize.__kwdefaults__ or {})
+    if joined["ep_degree"] is None:
+        raise ValueError("ep_degree is missing: give it as an argument, or in the section alf_lb of ds_config")
+    check_rule(joined["rule"], joined["rate"](0) if callable(joined["rate"]) else joined["rate"])
+    check_mode(joined["mode"])
+    shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha", "max_rows")}
+    parallelize(model, timeout_seconds=timeout_seconds, **shards)
     if callable(model_parameters):
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
     start_without_compiler()
     choose_attention(model)
+    before = known_groups()
     engine = deepspeed.initialize(
         model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
     )[0]
-    return engine, Balancer(engine, rule=rule, rate=rate, centered=centered, mode=mode)
+    set_timeouts(timeout_seconds, known_groups() - before)
+    return engine, Balancer(engine, **joined)
 
 
 def quiet(level: int = logging.WARNING) -> None:

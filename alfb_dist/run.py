@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,30 @@ from alfb_dist import checkpoint
 from alfb_dist.agreement import agreed, first_ranks
 from alfb_dist.balance import rate_schedule
 from alfb_dist.balancer import Balancer
+from alfb_dist.collectives import known_groups, set_timeouts, share_objects
 from alfb_dist.config import Config, ConfigError
 from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_entropy
 from alfb_dist.ds_config import derive_ds_config, lr_schedule
 from alfb_dist.engine import initialize, quiet
 from alfb_dist.families import moe_blocks
 from alfb_dist.model import build_model, parameter_groups
+from alfb_dist.network import INTERFACE_VARIABLES
+from alfb_dist.peers import Peer, Peers
+from alfb_dist.placement import check_placement, grid_rows
+from alfb_dist.preflight import differences, facts
 from alfb_dist.report import NullReporter, Reporter, open_reporter
-from alfb_dist.run_folder import changed_settings, describe_run, last_run_folder, new_run_folder, write_config
+from alfb_dist.report.console import print_table
+from alfb_dist.run_folder import (
+    changed_settings,
+    describe_run,
+    flat_settings,
+    last_run_folder,
+    new_run_folder,
+    write_config,
+)
 from alfb_dist.topology import init_distributed
+
+START_SECONDS = 120.0
 
 
 @dataclass
@@ -38,6 +56,7 @@ class Run:
     device: torch.device
     group: ProcessGroup
     reporter: Reporter | NullReporter
+    peers: Peers
     first_step: int = 0
     tokens: int = 0
     skipped_in_a_row: int = 0
@@ -52,14 +71,57 @@ class Run:
 
 
 def start(config: Config) -> Run:
-    """The run stands at its first step, or where its newest good checkpoint left it; collective."""
-    device = init_distributed(timeout_seconds=config.run.timeout_seconds)
+    """The run stands at its first step, or where its newest good checkpoint left it; collective.
+
+    ConfigError on every rank alike if ranks differ in versions, configuration or data.
+    """
+    device = init_distributed(timeout_seconds=start_patience(config), interface=config.run.interface)
     quiet()
     group = dist.group.WORLD
     assert group is not None
+    peers = _meet(config, group)
+    with peers.watch():
+        run = _build(config, device, group, peers)
+        set_timeouts(config.run.timeout_seconds, known_groups())
+    return run
+
+
+def _hosts(peers: Peers) -> list[str]:
+    """The host of each rank, in rank order; hosts of one name are told apart by their addresses."""
+    everyone = sorted((peers.me, *peers.others), key=lambda peer: peer.rank)
+    addresses = {name: {p.address[0] for p in everyone if p.host == name} for name in {p.host for p in everyone}}
+    return [p.host if len(addresses[p.host]) == 1 else f"{p.host} ({p.address[0]})" for p in everyone]
+
+
+def start_patience(config: Config) -> float:
+    """How many seconds ranks wait for each other until training begins: they start and build at different speeds."""
+    return max(config.run.timeout_seconds, START_SECONDS)
+
+
+def _meet(config: Config, group: ProcessGroup) -> Peers:
+    """The ranks know each other, and that they are to do the same."""
+    peers = Peers(group.rank())
+    known = {**facts(), **flat_settings(config)}
+    everyone = share_objects((peers.me, known), group)
+    _refuse_differences([(peer, known) for peer, known in everyone], "make it the same on every host")
+    peers.meet([peer for peer, _ in everyone])
+    return peers
+
+
+def _refuse_differences(known: list[tuple[Peer, dict[str, Any]]], mend: str) -> None:
+    found = differences([(peer.host, facts) for peer, facts in known], mend)
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Peers) -> Run:
+    hosts = _hosts(peers)
+    misplaced = check_placement(hosts, config.parallel.ep_degree, config.parallel.expert_placement)
     prepared = first_ranks(lambda: _prepare(config), group, ConfigError)
     train_batches, validation_batches = agreed(lambda: _open_data(config, prepared), group, ConfigError)
+    _compare_data(peers, (train_batches, validation_batches), group)
     folder = first_ranks(lambda: _choose_folder(config), group, ConfigError)
+    _check_shared(folder, group)
     model = build_model(config)
     num_parameters = sum(p.numel() for p in model.parameters())
     layer_names = [block.name for block in moe_blocks(model)]
@@ -75,17 +137,19 @@ def start(config: Config) -> Run:
         sequence_loss_alpha=balance.sequence_loss_alpha,
         batch_loss_alpha=balance.batch_loss_alpha,
         max_rows=config.parallel.max_rows,
-        timeout_seconds=config.run.timeout_seconds,
+        timeout_seconds=start_patience(config),
         model_parameters=lambda sharded: parameter_groups(sharded, config.optimizer.weight_decay),
         lr_scheduler=lr_schedule(config),
     )
-    run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter())
+    run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter(), peers)
     _resume(run)
     if config.model.path and balance.mode == "auto":
         run.notes.append(
             f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
             "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
         )
+    run.notes += [misplaced] if misplaced else []
+    _show_grid(run, hosts)
     agreed(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
     return run
 
@@ -129,6 +193,31 @@ def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches
     return train_batches, validation_batches
 
 
+def _compare_data(peers: Peers, data: tuple[Batches, Batches], group: ProcessGroup) -> None:
+    """ConfigError on every rank alike if a host holds other token files than the rest."""
+    files = {str(batches.token_file.path): batches.token_file.fingerprint for batches in data}
+    everyone = share_objects((peers.me, files), group)
+    _refuse_differences(everyone, "copy the first host's file, or put data.cache where every host sees it")
+
+
+def _check_shared(folder: Path, group: ProcessGroup) -> None:
+    """ConfigError on every rank alike if one does not see what the first writes into the run's folder."""
+    mark = first_ranks(lambda: Path(tempfile.mkstemp(prefix=".seen-", dir=folder)[1]), group, OSError)
+
+    def look() -> None:
+        if not mark.exists():
+            raise ConfigError(
+                f"{socket.gethostname()} does not see what the first rank writes to {folder.absolute()}: "
+                "put run.folder on a file system that all hosts share"
+            )
+
+    try:
+        agreed(look, group, ConfigError)
+    finally:
+        if group.rank() == 0:
+            mark.unlink()
+
+
 def _resume(run: Run) -> None:
     if not run.config.run.resume:
         return
@@ -138,6 +227,8 @@ def _resume(run: Run) -> None:
             f"run.resume: no checkpoint of {run.folder} is whole ({'; '.join(damaged)}); "
             "mend or remove them, or start anew with run.resume=false"
         )
+    if path is None:
+        run.notes.append("nothing to resume from: the run starts at its first step")
     run.notes += [f"passed over a checkpoint: {reason}" for reason in damaged]
     if path is not None:
         state = checkpoint.load(run.engine, run.balancer, path)
@@ -175,3 +266,12 @@ def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:
     )
     for note in run.notes:
         run.reporter.message(note)
+
+
+def _show_grid(run: Run, hosts: list[str]) -> None:
+    """On the first rank, a small table of hosts, ranks and experts stands on the terminal."""
+    if run.group.rank() == 0 and run.group.size() > 1:
+        rows = grid_rows(hosts, run.config.parallel.ep_degree, run.balancer.bias_LE.shape[-1])
+        interface = os.environ.get(INTERFACE_VARIABLES[0])
+        title = f"{run.group.size()} ranks" + (f", exchanging over {interface}" if interface else "")
+        print_table(title, ("host", "rank", "expert-parallel group", "experts"), rows)

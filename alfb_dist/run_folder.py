@@ -83,9 +83,14 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
         before = json.loads((folder / "config.json").read_text())["config"]
     except (OSError, ValueError, KeyError):
         return [f"{folder / 'config.json'} cannot be read: whether settings have changed is not known"]
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    old, new = _flat(before), flat_settings(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key != "run.resume"]
     return [f"changed since: {key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The configuration as one table, with keys such as balance.rate."""
+    return _flat(config.model_dump(mode="json"))
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from alfb_dist.config import ConfigError
+from alfb_dist.launcher import discover, local_size
+from alfb_dist.network import choose_interface
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -63,57 +67,33 @@ def make_grid(ep_degree: int, *, timeout_seconds: float = 600) -> Grid:
     return Grid(ep_degree, ep_groups[rank // ep_degree], data_groups[rank % ep_degree], world)
 
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def discover() -> tuple[int, int, int]:
-    """(rank, world size, local rank), with the variables that torch.distributed reads set in the environment.
-
-    The deepspeed launcher and torchrun set them; under mpirun they are found through mpi4py. A plain process is a world
-    of one. Raises RuntimeError if started by mpirun without mpi4py.
-    """
-    if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
-        if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
-            _discover_mpi()
-        elif not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
-            alone = ("0", "1", "0", "127.0.0.1", str(_free_port()))
-            os.environ.update(zip(_LAUNCHER_VARIABLES, alone))
-    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
-    if missing:
-        raise RuntimeError(f"the launcher set only some of {_LAUNCHER_VARIABLES}; missing: {', '.join(missing)}")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
-
-
-def _discover_mpi() -> None:
-    try:
-        from mpi4py import MPI
-    except ImportError as e:
-        raise RuntimeError("started by mpirun, but mpi4py is missing: pip install 'alfb_dist[mpi]'") from e
-    world = MPI.COMM_WORLD
-    node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = MPI.Get_processor_name() if world.size > node.size else "127.0.0.1"
-    address, port = world.bcast((address, _free_port()), root=0)
-    values = (world.rank, world.size, node.rank, address, port)
-    os.environ.update(zip(_LAUNCHER_VARIABLES, map(str, values)))
-
-
 def _share_cores() -> None:
     """The ranks of a node share its cores evenly, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-        ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
 
 
-def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
-    """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device."""
-    _, _, local_rank = discover()
+def _check_port(rank: int) -> None:
+    """Nothing, or ConfigError where rank 0 cannot listen at the port at which the ranks are to meet."""
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
+        return
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"rank 0 on {socket.gethostname()} cannot listen at port {port} ({error}), where the ranks are to meet: "
+            "another run or process has it; give the launcher another --master_port"
+        ) from None
+
+
+def init_distributed(*, timeout_seconds: float = 600, interface: str = "") -> torch.device:
+    """torch.distributed is up (NCCL on CUDA, gloo otherwise), with our timeout; returns this rank's device.
+
+    interface: of the network, by which ranks reach each other; that toward the first rank's host unless given.
+    Raises ConfigError on rank 0 if it cannot listen at the port where the ranks are to meet.
+    """
+    rank, _, local_rank = discover()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -121,8 +101,26 @@ def init_distributed(*, timeout_seconds: float = 600) -> torch.device:
     else:
         _share_cores()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        _check_port(rank)
+        _meet("nccl" if cuda else "gloo", timeout_seconds, interface)
     return device
+
+
+def _meet(backend: str, timeout_seconds: float, interface: str) -> None:
+    """All ranks are there, or RuntimeError."""
+    try:
+        choose_interface(os.environ["MASTER_ADDR"], interface)
+    except ValueError as error:
+        raise ConfigError(f"{socket.gethostname()}: {error}") from None
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RuntimeError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks met at "
+            f"{where} within {timeout_seconds:g} s ({str(error).splitlines()[0]}); a rank has ended before, as its own "
+            "output says, or its host does not reach that address"
+        ) from error
 
 
 def leave(code: int) -> NoReturn:
@@ -135,8 +133,6 @@ def leave(code: int) -> NoReturn:
         sys.exit(code)
     dist.barrier()
     dist.destroy_process_group()
-    if "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

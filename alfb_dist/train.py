@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +22,35 @@ from alfb_dist.run import Run, start
 from alfb_dist.stop import DONE, PREEMPTED, StopSignals
 
 
-def train(config: Config, *, profile: bool = False) -> int:
+def train(
+    config: Config,
+    stop: StopSignals | None = None,
+    on_start: Callable[[Run], None] | None = None,
+    *,
+    profile: bool = False,
+) -> int:
     """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks.
 
+    stop: what asks it to stop; signals unless given. on_start: called once the run stands at its first step.
     profile: the first and the last rank keep a trace of a few steps in the run folder.
     """
     run = start(config)
+    if on_start is not None:
+        on_start(run)
     last = stopping = False
-    with StopSignals() as signals, recorder_of(run, profile) as recorder:
+    with (
+        contextlib.nullcontext(stop) if stop else StopSignals() as signals,
+        recorder_of(run, profile) as recorder,
+        run.peers.watch(),
+    ):
         for step in range(run.first_step + 1, config.train.steps + 1):
-            started, lr = time.perf_counter(), run.engine.get_lr()[0]
+            run.peers.step, lr, begun = step, run.engine.get_lr()[0], time.perf_counter()
             with span("data"):
                 batch = next_batch(run, step)
             part = forward_backward_step(run, batch)
             run.balancer.step()
             loss, stopping = agree(run, part, signals.asked)
-            report(run, step, batch, loss, lr, time.perf_counter() - started)
+            report(run, step, batch, loss, lr, time.perf_counter() - begun)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):
                 with span("evaluate"):

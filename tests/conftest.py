@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hosts.cluster import Hosts
+from hosts.namespaces import what_is_missing
 from ranks import run_ranks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,3 +25,12 @@ torch.set_num_threads(1)  # two cores are few: threads of a small product wait f
 def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """ranks(world, fn, *args): run fn on `world` gloo ranks and return their results."""
     return lambda world, fn, *args, **kw: run_ranks(world, fn, *args, folder=tmp_path, **kw)
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """host1 and host2, for the whole session: a test that cuts or slows them down puts that right."""
+    if reason := what_is_missing():
+        pytest.skip(reason)
+    with Hosts.up(tmp_path_factory.mktemp("hosts") / "two", 2) as made:
+        yield made

@@ -19,11 +19,11 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop profiling config topology collectives agreement metrics balance router aux_loss
-    arena shared_memory exchange dispatch bounded experts attention
+    stop profiling lifeline launcher network config placement topology collectives peers agreement metrics balance
+    router aux_loss arena shared_memory exchange dispatch bounded experts attention
     recompute choice families trial gate frozen moe sharding mend autoep balancer callback
     model data ds_config engine checkpoint pretrained
-    report estimate run_folder run train bench doctor cli
+    report estimate run_folder preflight run train bench launching doctor cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 
@@ -31,6 +31,7 @@ HOLDS_COLLECTIVES = {"collectives", "topology"}
 
 # What any file may use of torch.distributed: questions about a process and its groups, none of which communicates.
 HARMLESS = {
+    "DistError",
     "ProcessGroup",
     "get_backend",
     "get_global_rank",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import types
 from typing import Any
@@ -10,8 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tiny import tiny_model
 
-from alfb_dist.topology import discover, grid_ranks, init_distributed, make_grid
+import alfb_dist
+from alfb_dist.config import ConfigError
+from alfb_dist.launcher import discover, first_host, launched_world, local_size
+from alfb_dist.network import INTERFACE_VARIABLES, choose_interface
+from alfb_dist.topology import grid_ranks, init_distributed, make_grid
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -20,7 +27,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An empty environment in the place of this process's."""
     variables: dict[str, str] = {}
-    monkeypatch.setattr("alfb_dist.topology.os", types.SimpleNamespace(environ=variables))
+    monkeypatch.setattr("alfb_dist.launcher.os", types.SimpleNamespace(environ=variables))
     return variables
 
 
@@ -152,9 +159,11 @@ class World:
         return "host-a", 4711
 
 
-def fake_mpi(monkeypatch: pytest.MonkeyPatch, world: Any) -> None:
+def fake_mpi(monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
     mpi = types.SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED=0, Get_processor_name=lambda: "host-b")
+    mpi.Finalize = lambda: setattr(mpi, "ended", True)
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
+    return mpi
 
 
 @pytest.mark.parametrize("sign_of_mpi", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
@@ -162,8 +171,9 @@ def test_under_mpirun_mpi4py_tells(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, sign_of_mpi: str
 ) -> None:
     environment[sign_of_mpi] = "4"
-    fake_mpi(monkeypatch, World())
+    mpi = fake_mpi(monkeypatch, World())
     assert discover() == (3, 4, 1)
+    assert mpi.ended  # a killed mpirun would abort ranks that still took part in MPI
     assert environment["MASTER_ADDR"] == "host-a" and environment["MASTER_PORT"] == "4711"
 
 
@@ -182,6 +192,78 @@ def test_under_mpirun_on_one_host_the_address_is_local(
     assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
+def test_mpi_that_others_have_started_is_left_running(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment["OMPI_COMM_WORLD_SIZE"] = "4"
+    mpi = fake_mpi(monkeypatch, World())
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
+    assert discover() == (3, 4, 1)
+    assert not hasattr(mpi, "ended")
+
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_JOB_ID": "1000",
+    "SLURM_STEP_ID": "2",
+}
+
+
+def test_under_srun_slurms_variables_tell(environment: dict[str, str]) -> None:
+    environment.update(SLURM)
+    assert launched_world() == (5, 7)
+    assert local_size() == 3
+    assert discover() == (5, 7, 1)
+    assert environment["MASTER_ADDR"] == "gpu07"
+    assert environment["MASTER_PORT"] == str(20_000 + (1000 * 16 + 2) % 12_000)  # the same on every rank
+
+
+def test_address_and_port_that_are_set_win_over_slurms(environment: dict[str, str]) -> None:
+    environment.update(SLURM, MASTER_ADDR="10.0.0.7", MASTER_PORT="29501")
+    assert discover() == (5, 7, 1)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.7", "29501")
+
+
+def test_batch_script_is_no_rank(environment: dict[str, str]) -> None:
+    environment.update(SLURM_PROCID="0", SLURM_NTASKS="7", SLURM_JOB_ID="1000", SLURM_LOCALID="0")
+    assert launched_world() == (0, 1)
+    assert discover() == (0, 1, 0)
+
+
+def test_mpirun_inside_a_slurm_step_tells(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.update(SLURM, OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3")
+    fake_mpi(monkeypatch, World())
+    assert launched_world() == (3, 4)
+    assert discover() == (3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("gpu07", "gpu07"),
+        ("gpu[007-009,12],login1", "gpu007"),
+        ("gpu[12,15]", "gpu12"),
+        ("rack1-node[3-4]-ib", "rack1-node3-ib"),
+        ("a,b[1-2]", "a"),
+    ],
+)
+def test_first_host_of_a_slurm_node_list(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
+
+
+@pytest.mark.parametrize(("counts", "sizes"), [("2", [2]), ("4(x2),3", [4, 4, 3]), ("1,2(x2)", [1, 2, 2])])
+def test_tasks_of_a_slurm_node(environment: dict[str, str], counts: str, sizes: list[int]) -> None:
+    environment.update(SLURM, SLURM_STEP_TASKS_PER_NODE=counts)
+    for node, size in enumerate(sizes):
+        environment["SLURM_NODEID"] = str(node)
+        assert local_size() == size
+
+
 def test_mpirun_without_mpi4py_says_what_to_install(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,3 +280,42 @@ def init_here() -> tuple[str, bool, tuple[int, int, int]]:
 
 def test_init_takes_a_group_that_is_up_already(tmp_path: Any) -> None:
     assert run_ranks(2, init_here, folder=tmp_path) == [("cpu", True, (0, 2, 0)), ("cpu", True, (1, 2, 1))]
+
+
+# Where the ranks meet.
+
+
+def test_taken_port_is_told_before_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        for name, value in zip(VARIABLES, ("0", "2", "0", "127.0.0.1", str(port))):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=rf"cannot listen at port {port} .*another --master_port"):
+            init_distributed(timeout_seconds=1)
+
+
+def test_interface_leads_to_the_first_rank_unless_asked_for_or_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in INTERFACE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    assert choose_interface("127.0.0.1") == "lo"
+    assert [os.environ[variable] for variable in INTERFACE_VARIABLES] == ["lo"] * 3
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert choose_interface("203.0.113.1", "lo") == "lo"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"  # set by the user: stays
+    with pytest.raises(ValueError, match=r"run\.interface \(eth77\): this host has .*lo"):
+        choose_interface("127.0.0.1", "eth77")
+
+
+def deepspeeds_timeouts() -> set[float]:
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": 1}}
+    before = set(dist.distributed_c10d._world.pg_map)
+    alfb_dist.initialize(tiny_model(), ds_config, ep_degree=2, timeout_seconds=33)
+    made = set(dist.distributed_c10d._world.pg_map) - before
+    assert len(made) >= 3, made  # those of experts and their data, and what DeepSpeed made
+    return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in made}
+
+
+def test_every_group_of_an_engine_has_our_timeout(tmp_path: Any) -> None:
+    assert run_ranks(4, deepspeeds_timeouts, folder=tmp_path) == [{33.0}] * 4

@@ -4,16 +4,17 @@ come at once."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from alfb_dist.cli import bench, checkpoint, data, doctor, report, train
+from alfb_dist.cli import bench, checkpoint, data, doctor, launch, report, train
 from alfb_dist.cli.launcher import launched_world
 from alfb_dist.config import ConfigError
-from alfb_dist.stop import BAD_CONFIG
+from alfb_dist.stop import BAD_CONFIG, FAILED
 
-COMMANDS = (train, report, data, checkpoint, doctor, bench)
+COMMANDS = (train, launch, report, data, checkpoint, doctor, bench)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
     arguments = _parser().parse_args(argv)
     # In a training run only a bad configuration is the user's to mend; anything else deserves its traceback.
-    mendable = (ConfigError,) if arguments.command == "train" else (ValueError, OSError)
+    mendable = (ConfigError,) if arguments.command in ("train", "launch") else (ValueError, OSError)
     try:
         return int(arguments.run(arguments))
     except mendable as error:
@@ -39,10 +40,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process with its exit code."""
-    code = main(argv)
+    try:
+        code = main(argv)
+    except RuntimeError as error:
+        _end_if_left_alone(error)
+        raise
     if "torch.distributed" not in sys.modules:
         sys.exit(code)
 
     from alfb_dist.topology import leave
 
     leave(code)
+
+
+def _end_if_left_alone(error: RuntimeError) -> None:
+    """The process has ended with 1 if the error is that others are missing, which has been told.
+
+    At once: while Python winds itself down, process groups whose exchange failed hang or abort the process.
+    """
+    if "alfb_dist.peers" in sys.modules:
+        from alfb_dist.peers import PeerError
+
+        if isinstance(error, PeerError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)

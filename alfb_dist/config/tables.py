@@ -1,4 +1,4 @@
-"""The configuration of a run: pydantic tables read from TOML, every problem named before any process starts.
+"""The configuration of a run: pydantic tables and the rules that hold them together.
 
 Imports only pydantic and the standard library, so that a refusal takes a fraction of a second.
 """
@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from alfb_dist.config.keys import family_keys
 from alfb_dist.config.model_rules import MODEL_RULES
-from alfb_dist.config.rules import TABLE_RULES, Settings, problems, unknown_key
-from alfb_dist.config.text import ConfigError, apply_overrides, nearest, read_toml, shown, to_toml, to_value
+from alfb_dist.config.rules import TABLE_RULES, Settings, problems
+from alfb_dist.config.text import ConfigError, to_toml, to_value
 
-__all__ = ["Config", "ConfigError", "config_to_toml", "describe_fields", "load_config"]
+__all__ = ["Config", "ConfigError", "config_to_toml", "describe_fields"]
 
 RULES = (*MODEL_RULES, *TABLE_RULES)
 
@@ -46,11 +43,11 @@ def _bias_mode(value: Any) -> str | tuple[str, ...]:
     )
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class RunConfig(_Table):
+class RunConfig(Table):
     """Where a run is kept, and how its processes start."""
 
     name: str = Field(
@@ -66,10 +63,13 @@ class RunConfig(_Table):
     resume: bool = Field(
         default=False, description="go on from the newest good checkpoint of the run; else a new run folder"
     )
+    interface: str = Field(
+        default="", description="network interface between hosts; empty: the one that leads to the first rank's host"
+    )
     timeout_seconds: float = Field(default=600.0, gt=0, le=604_800, description="longest wait of every collective")
 
 
-class ModelConfig(_Table):
+class ModelConfig(Table):
     """The model: a transformers family with its configuration, or a folder with a pretrained one."""
 
     family: Name = Field(
@@ -83,11 +83,15 @@ class ModelConfig(_Table):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and activations")
 
 
-class ParallelConfig(_Table):
+class ParallelConfig(Table):
     """How ranks share the model."""
 
     ep_degree: int = Field(
         default=1, ge=1, description="ranks that share the experts of a layer; divides ranks and experts"
+    )
+    expert_placement: Literal["prefer-node", "node", "any"] = Field(
+        default="prefer-node",
+        description='experts of a group that fit on one host but are not: told, refused ("node"), or not looked at',
     )
     max_rows: int = Field(
         default=0,
@@ -96,7 +100,7 @@ class ParallelConfig(_Table):
     )
 
 
-class BalanceConfig(_Table):
+class BalanceConfig(Table):
     """How the routing bias follows the load (arXiv:2408.15664), and the losses to compare with."""
 
     rule: Literal["sign", "proportional", "rms"] = Field(default="sign", description="update rule of the bias")
@@ -115,7 +119,7 @@ class BalanceConfig(_Table):
     batch_loss_alpha: float = Field(default=0.0, ge=0, le=1, description="weight of the classical auxiliary loss")
 
 
-class OptimizerConfig(_Table):
+class OptimizerConfig(Table):
     """AdamW and the schedule of its learning rate."""
 
     lr: float = Field(gt=0, le=10, description="peak learning rate")
@@ -134,7 +138,7 @@ class OptimizerConfig(_Table):
     )
 
 
-class DataConfig(_Table):
+class DataConfig(Table):
     """The text, its tokens and the sequences cut from it."""
 
     source: Names = Field(
@@ -155,7 +159,7 @@ class DataConfig(_Table):
     cache: Name = Field(default="data-cache", description="folder of prepared token files")
 
 
-class TrainConfig(_Table):
+class TrainConfig(Table):
     """Steps, batches, evaluations and checkpoints."""
 
     steps: int = Field(ge=1, description="optimizer steps of the run")
@@ -171,7 +175,7 @@ class TrainConfig(_Table):
     max_skipped_steps: int = Field(default=20, ge=1, description="skipped steps in a row that end the run")
 
 
-class ReportConfig(_Table):
+class ReportConfig(Table):
     """What a run tells, where and how often."""
 
     log_interval: int = Field(default=1, ge=1, description="steps between lines of metrics")
@@ -183,7 +187,7 @@ class ReportConfig(_Table):
     html: bool = Field(default=True, description="write report.html at the end")
 
 
-TABLES: dict[str, type[_Table]] = {
+TABLES: dict[str, type[Table]] = {
     "run": RunConfig,
     "model": ModelConfig,
     "parallel": ParallelConfig,
@@ -195,7 +199,7 @@ TABLES: dict[str, type[_Table]] = {
 }
 
 
-class Config(_Table):
+class Config(Table):
     """A whole run. Settings that contradict each other are refused together with those that are wrong alone."""
 
     run: RunConfig = RunConfig()
@@ -218,39 +222,13 @@ class Config(_Table):
 
     def gradient_accumulation(self, world_size: int) -> int:
         """Return the micro-batches per optimizer step and rank. Raises ConfigError if the batch does not split."""
-        _refuse(problems(Settings(self.model_dump(), world_size=world_size), RULES))
+        refuse(problems(Settings(self.model_dump(), world_size=world_size), RULES))
         return self.train.global_batch // (self.train.micro_batch * world_size)
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits that stay the same as long as every setting but `run.resume` does."""
         text = json.dumps(self.model_dump(mode="json", exclude={"run": {"resume"}}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
-    """Return the configuration in a TOML file, changed by `table.key=value` overrides.
-
-    world_size: number of ranks, where it is known; the sizes that have to divide it are then checked too.
-    Raises ConfigError with one line per problem.
-    """
-    tables = read_toml(Path(path))
-    found = apply_overrides(tables, overrides)
-    bad: set[str] = set()
-    config = None
-    try:
-        config = Config.model_validate(tables)
-    except ValidationError as error:
-        details = _deepest(error.errors(include_url=False))
-        found += [_explain(detail, _family(tables)) for detail in details]
-        bad = {".".join(str(part) for part in detail["loc"][:2]) for detail in details}
-        bad |= {str(detail["loc"][0]) for detail in details if detail["loc"][0] == "deepspeed"}
-    resolved = _with_defaults(tables)
-    pretrained, unreadable = _read_pretrained(resolved)
-    found += unreadable
-    found += problems(Settings(resolved, frozenset(bad), world_size, pretrained), RULES)
-    _refuse(found)
-    assert config is not None, "a configuration that pydantic refused has a problem to show"
-    return config
 
 
 def config_to_toml(config: Config) -> str:
@@ -290,86 +268,6 @@ def _bounds(field: FieldInfo) -> str:
     return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
 
-def _refuse(found: Sequence[str]) -> None:
+def refuse(found: Sequence[str]) -> None:
     if found:
         raise ConfigError(*found)
-
-
-def _with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables completed by defaults, without validation; what is no table is left as it is."""
-    resolved: dict[str, Any] = {"deepspeed": {}, **tables}
-    for name, model in TABLES.items():
-        given = tables.get(name, {})
-        if isinstance(given, dict):
-            fields = {key: field for key, field in model.model_fields.items() if not field.is_required()}
-            resolved[name] = {
-                key: field.get_default(call_default_factory=True) for key, field in fields.items()
-            } | given
-    return resolved
-
-
-def _read_pretrained(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return config.json of `model.path` (empty without a path), and what is wrong with it."""
-    path = tables["model"].get("path") if isinstance(tables["model"], dict) else None
-    if not isinstance(path, str) or not path:
-        return {}, []
-    file = Path(path) / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return {}, [f"model.path ({to_value(path)}) must be a folder with a transformers config.json: {error}"]
-    if not isinstance(values, dict):
-        return {}, [f"model.path ({to_value(path)}): {file} holds no JSON object"]
-    return values, []
-
-
-def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Drop what follows from an error further down, and the rules of the whole, which `load_config` asks itself."""
-    inner = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
-    return [detail for detail in details if detail["loc"] and detail["loc"] not in inner]
-
-
-def _family(tables: dict[str, Any]) -> str:
-    model = tables.get("model")
-    family = model.get("family", "deepseek_v3") if isinstance(model, dict) else ""
-    return family if isinstance(family, str) else ""
-
-
-def _explain(detail: ErrorDetails, family: str) -> str:
-    """Return one of pydantic's findings as a line: key path, value, rule and what to do."""
-    loc, kind, value = detail["loc"], detail["type"], shown(detail["input"])
-    path = _path(loc)
-    model = TABLES.get(str(loc[0]))
-    field = model.model_fields.get(str(loc[1])) if model and len(loc) > 1 else None
-    if kind == "extra_forbidden":
-        return _unknown_key(path, [str(part) for part in loc], family)
-    if kind == "missing":
-        return f"{path} is missing: " + (f"give the {field.description}" if field else f"add a table [{path}]")
-    if kind in ("model_type", "dict_type"):
-        return f"{path} ({value}) must be a table"
-    if kind == "invalid-json-value":
-        return f"{path} ({value}) must be a number, a string, true, false, a list or a table"
-    rule = re.sub(r"^\w+ should ", "", detail["msg"]).replace("valid tuple", "list").replace(" after validation", "")
-    choices = re.findall("'([^']*)'", detail["msg"]) if kind == "literal_error" else []
-    near = nearest(str(detail["input"]), choices)
-    hint = f"; did you mean {shown(near)}?" if near else f" ({field.description})" if field else ""
-    return f"{path} ({value}) must {rule}{hint}"
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """Return a dotted key path. Inside a free table pydantic names a value's type after each key: leave those out."""
-    for free in (("model", "config"), ("deepspeed",)):
-        if loc[: len(free)] == free:
-            loc = free + loc[len(free) :: 2]
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
-
-
-def _unknown_key(path: str, parts: list[str], family: str) -> str:
-    *parents, key = parts
-    names = list(TABLES[parents[0]].model_fields) if parents else list(Config.model_fields)
-    elsewhere = [f"{table}.{key}" for table, model in TABLES.items() if key in model.model_fields]
-    if (keys := family_keys(family)) and key in keys.names:
-        elsewhere.append(f"model.config.{key}")
-    if elsewhere:
-        return f"{path} is no key; did you mean {' or '.join(elsewhere)}?"
-    return unknown_key(path, key, names, f"of [{parents[0]}]" if parents else "of a configuration")

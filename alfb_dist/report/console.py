@@ -6,6 +6,7 @@ import atexit
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from rich.text import Text
 from alfb_dist.report.wording import count, decimal, duration
 
 _BAR_FIELDS = ("loss", "max_violation_batch", "tokens_per_second")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The table stands on the terminal."""
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 class RunConsole:

@@ -1,0 +1,1 @@
+"""`alfb launch`: one command for every launcher, which owns the signals, the exit code and the restarts."""

@@ -1,0 +1,121 @@
+"""What several hosts must have in common, looked at before a run starts.
+
+The launching command asks every host over ssh; the ranks compare what they run as they meet. `python -m
+alfb_dist.preflight PORT` is how a host answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from alfb_dist.config import ConfigError
+from alfb_dist.run_folder import versions
+
+
+def facts() -> dict[str, str]:
+    """What decides what a rank computes, besides the configuration: versions, and the sources of this package."""
+    digest = xxhash.xxh3_128()
+    package = Path(__file__).parent
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".c")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return {**versions(), "the files of alfb_dist": digest.hexdigest()[:12]}
+
+
+def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: str) -> list[str]:
+    """One line for each fact that is not the same everywhere, with who has which value, and what to do.
+
+    facts_by_place: (place, facts) for each rank or host, in order; a place may come several times.
+    """
+    found = []
+    for name in dict.fromkeys(name for _, known in facts_by_place for name in known):
+        holders: dict[str, list[str]] = {}
+        for place, known in facts_by_place:
+            holders.setdefault(repr(known[name]) if name in known else "missing", []).append(place)
+        if len(holders) > 1:
+            told = (f"{value} on {', '.join(dict.fromkeys(places))}" for value, places in holders.items())
+            found.append(f"{name} is {', but '.join(told)}; {mend}")
+    return found
+
+
+def check_hosts(
+    hosts: Sequence[str],
+    *,
+    port: int,
+    ssh: Sequence[str] = ("ssh",),
+    python: str = sys.executable,
+    folder: str | Path | None = None,
+    timeout_seconds: float = 30,
+) -> None:
+    """Every host is reached and runs the same versions, and the port, where ranks will meet, is free on the first.
+
+    port: 0 where the ranks choose one. ssh: the words before a host's name. python, folder: what the ranks will run,
+    and where (here, unless given).
+    ConfigError with one line for each thing wrong, naming host, values and what to do.
+    """
+    shared = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+    words = [python, "-m", "alfb_dist.preflight"]
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in shared.items())
+    where = shlex.quote(str(Path(folder or ".").resolve()))
+
+    def ask(host: str) -> dict[str, Any] | str:
+        asked = [*words, str(port if host == hosts[0] else 0)]
+        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(timeout_seconds / 2))}"]
+        command = [*ssh, *options, host, f"cd {where} && env {variables} {shlex.join(asked)}"]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_seconds
+            )
+        except subprocess.TimeoutExpired:
+            return f"{host} did not answer over ssh within {timeout_seconds:g} s"
+        except OSError as error:
+            return f"{command[0]} cannot be run here: {error}"
+        if done.returncode:
+            return _why(host, done, python)
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        answers = dict(zip(hosts, pool.map(ask, hosts)))
+    problems = [answer for answer in answers.values() if isinstance(answer, str)]
+    known = [(host, answer) for host, answer in answers.items() if not isinstance(answer, str)]
+    for host, answer in known:
+        if taken := answer.pop("port_error"):
+            problems.append(f"port {port} on {host} is not free ({taken}); end what uses it or choose another port")
+    problems += differences(known, "install the same on every host")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _why(host: str, done: subprocess.CompletedProcess[str], python: str) -> str:
+    """Why a host has not answered, in one line."""
+    told = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if done.returncode == 255:  # ssh's own failures
+        return f"{host} cannot be reached over ssh without a password: {told}"
+    return f"{host} cannot run {python} with alfb_dist ({told}); install the same on every host, at the same path"
+
+
+def _port_error(port: int) -> str:
+    """Why ranks could not meet on this port of this host, '' if they could; port 0 is always free."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks' store will: an ended run does not count
+        try:
+            s.bind(("", port))
+            s.listen(1)
+        except (OSError, OverflowError) as error:
+            return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    print(json.dumps({**facts(), "port_error": _port_error(int(sys.argv[1]))}))

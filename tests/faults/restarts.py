@@ -1,0 +1,77 @@
+"""A rank is killed with -9 at a random step; the run resumes by itself from its newest good save, and ends with the
+very metrics of a run that nothing disturbed.
+
+    cd tests && python -m faults.restarts --times 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from faults.jobs import LAUNCHERS, Job, send, watched
+
+INTERVAL, STEPS = 4, 14
+SETTINGS = (f"train.steps={STEPS}", f"train.checkpoint_interval={INTERVAL}")
+
+
+def undisturbed(launcher: str, folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run that is left alone."""
+    with Job(folder, watched(launcher), *SETTINGS) as job:
+        code = job.end()
+        if code:
+            raise RuntimeError(f"exit code {code}\n{job.text()[-3000:]}")
+        return job.metrics()
+
+
+def problem(launcher: str, folder: Path, seed: int, expected: list[dict[str, Any]]) -> str:
+    """What was not as promised; empty if nothing."""
+    chance = random.Random(seed)
+    with Job(folder, watched(launcher, "--max-restarts", "1"), *SETTINGS) as job:
+        try:
+            job.until_step(chance.randint(1, STEPS - 2))
+            time.sleep(chance.random() * 0.2)
+            send(job, signal.SIGKILL, "rank", chance.choice)
+            job.until(lambda: "restart 1 of 1" in job.text(), "the restart")
+            before = job.steps()[-1]
+            code = job.end()
+        except TimeoutError as error:
+            return f"{error}"
+        resumed = re.search(r"resumed from step-(\d+)", job.text())
+        lost = before - int(resumed[1] if resumed else 0)
+        if code != 0 or not 0 <= lost <= INTERVAL:
+            return f"exit code {code}, {lost} steps lost\n{job.text()[-3000:]}"
+        if job.metrics() != expected:
+            return f"other metrics: steps {job.steps()}, killed at {before}, {lost} steps lost"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--times", type=int, default=1, help="how many ranks are killed under each launcher")
+    parser.add_argument("--launcher", choices=LAUNCHERS, action="append", help="only this one (default: deepspeed)")
+    arguments = parser.parse_args()
+    failures = 0
+    for launcher in arguments.launcher or ["deepspeed"]:
+        good = 0
+        with tempfile.TemporaryDirectory(prefix="alfb-restarts-") as folder:
+            expected = undisturbed(launcher, Path(folder))
+            for seed in range(arguments.times):
+                found = problem(launcher, Path(folder), seed, expected)
+                good += not found
+                if found:
+                    print(f"  seed {seed}: {found}", flush=True)
+        failures += arguments.times - good
+        print(f"{launcher:9} SIGKILL to a rank  {good}/{arguments.times} resumed to the same metrics", flush=True)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

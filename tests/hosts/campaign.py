@@ -1,0 +1,120 @@
+"""Whole runs on two hosts of two ranks: through each launcher, over a bad network, with a host cut off midway.
+
+    make hosts-test          # python -m tests.hosts.campaign [NAME ...]: all checks, or those named; some minutes
+
+Prints one line a check and exits with 1 if one failed. The folder of a failed check is kept and named.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .cluster import Hosts
+from .namespaces import what_is_missing
+from .runs import environment, launch, same_runs, start
+
+TIMEOUT_SECONDS = 5
+CUT_STEPS, CUT_AFTER, SAVE_EVERY = 200, 50, 20
+
+
+def finished(hosts: Hosts, folder: Path, name: str, ep: int, *words: str, spread: bool = True) -> Path:
+    """The folder of a run that has finished, on both hosts or, for comparison, on host1 alone."""
+    where = ("--hostfile", "hosts") if spread else ("--ranks", "4")
+    command = launch(hosts, folder, name, "--set", f"parallel.ep_degree={ep}", *where, *words)
+    done = hosts.run("host1", command, cwd=folder, env=environment(), timeout=900)
+    (folder / f"{name}.output").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise AssertionError(f"{name} ended with {done.returncode}: {done.stderr[-500:]}")
+    return folder / "runs" / name
+
+
+def same(hosts: Hosts, folder: Path, ep: int, *words: str) -> str:
+    """Two hosts give what one gives."""
+    one = finished(hosts, folder, "one", ep, spread=False)
+    two = finished(hosts, folder, "two", ep, *words)
+    if found := same_runs(one, two):
+        raise AssertionError("; ".join(found[:3]))
+    return "losses, loads and biases equal those of one host to the bit"
+
+
+def slow(hosts: Hosts, folder: Path) -> str:
+    """A bad network changes nothing but the time."""
+    hosts.slow(delay_ms=20, loss=0.01)
+    try:
+        return same(hosts, folder, 4)
+    finally:
+        hosts.slow()
+
+
+def cut(hosts: Hosts, folder: Path) -> str:
+    """A host is cut off midway: it is named in time, nothing is left behind, and the run goes on once it is back."""
+    steps = ("--set", f"train.steps={CUT_STEPS}", "--set", f"train.checkpoint_interval={SAVE_EVERY}")
+    steps += ("--set", "train.eval_interval=0", "--set", f"run.timeout_seconds={TIMEOUT_SECONDS}")
+    straight = finished(hosts, folder, "straight", 4, *steps, spread=False)
+    words = ("--set", "parallel.ep_degree=4", "--hostfile", "hosts", *steps)
+    run = start(hosts, folder, launch(hosts, folder, "cut", *words))
+    output = folder / "output"
+    wait_for(lambda: f"step {CUT_AFTER}/" in output.read_text(), 600, "the run did not come to its step")
+    hosts.link("host2", up=False)
+    pulled = time.monotonic()
+    try:
+        wait_for(lambda: "alfb: step " in output.read_text(), 60, "no rank told of the host that was cut off")
+        seconds = time.monotonic() - pulled
+        told = next(line for line in output.read_text().splitlines() if "alfb: step " in line)
+        for needed in ("rank 2 on host2", "rank 3 on host2"):
+            assert needed in told, told
+        code = run.wait(60)
+        assert code == 1, f"exit code {code}"
+        wait_for(lambda: not any(hosts.processes(h) for h in hosts.names), 30, "processes are left behind")
+    finally:
+        hosts.link("host2", up=True)
+    resumed = finished(hosts, folder, "cut", 4, *steps, "--set", "run.resume=true")
+    if found := same_runs(straight, resumed):
+        raise AssertionError("; ".join(found[:3]))
+    return f"named after {seconds:.1f} s ({TIMEOUT_SECONDS} s timeout), exit code 1, no orphan, resumed to the bit"
+
+
+def wait_for(true: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    """It has become true within so many seconds, or AssertionError."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(otherwise)
+        time.sleep(0.05)
+
+
+CHECKS: dict[str, Callable[[Hosts, Path], str]] = {
+    "deepspeed-ep4": lambda hosts, folder: same(hosts, folder, 4),
+    "deepspeed-ep2x2": lambda hosts, folder: same(hosts, folder, 2),
+    "mpirun-ep4": lambda hosts, folder: same(hosts, folder, 4, "--with", "mpirun"),
+    "mpirun-ep2x2": lambda hosts, folder: same(hosts, folder, 2, "--with", "mpirun"),
+    "slow": slow,
+    "cut": cut,
+}
+
+
+def main(names: list[str]) -> int:
+    """0 if all checks hold."""
+    if reason := what_is_missing():
+        print(reason, file=sys.stderr)
+        return 1
+    folder, failed = Path(tempfile.mkdtemp(prefix="alfb-campaign-")), 0
+    with Hosts.up(folder / "made", 2) as hosts:
+        for name in names or CHECKS:
+            own, begun = folder / name, time.monotonic()
+            own.mkdir()
+            try:
+                result = CHECKS[name](hosts, own)
+            except AssertionError as error:
+                failed += 1
+                result = f"FAILED ({own}): {error}"
+            print(f"{name:<16} {time.monotonic() - begun:5.0f} s  {result}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
