@@ -22,7 +22,7 @@ ORDER = """
     stop profiling config topology collectives agreement metrics balance router aux_loss
     arena shared_memory exchange dispatch bounded experts attention
     families trial gate moe sharding mend autoep balancer callback
-    model data ds_config engine checkpoint pretrained
+    data ds_config engine checkpoint pretrained model
     report estimate run_folder run train bench cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
