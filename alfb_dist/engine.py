@@ -20,6 +20,8 @@ from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.collectives import known_groups, set_timeouts
 from alfb_dist.ds_config import check_ds_config, read_ds_config, with_defaults, with_section
+from alfb_dist.gate import BalancedGate
+from alfb_dist.moe import sharded_experts
 from alfb_dist.sharding import parallelize
 
 
@@ -42,6 +44,36 @@ def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> N
                 )
 
 
+def _check_parallelised(
+    model: nn.Module, ep_degree: int, max_rows: int, sequence_loss_alpha: float, batch_loss_alpha: float
+) -> None:
+    """Nothing, or ValueError if the model was parallelised otherwise than is asked for now."""
+    for name, experts in sharded_experts(model):
+        if experts.ep_size != ep_degree:
+            raise ValueError(
+                f"ep_degree ({ep_degree}) must be the one that the model was parallelised with ({experts.ep_size}): "
+                "give the same to both, or parallelise the model anew"
+            )
+        if max_rows not in (0, experts.max_rows):
+            raise ValueError(
+                f"max_rows ({max_rows}) must be the one that the model was parallelised with ({experts.max_rows}): "
+                "give it to from_pretrained or parallelize"
+            )
+        if experts.grid is None:
+            raise ValueError(
+                f"{name} was parallelised before torch.distributed was up: call "
+                "alfb_dist.topology.init_distributed() first, then from_pretrained or parallelize"
+            )
+    alphas = sequence_loss_alpha, batch_loss_alpha
+    for gate in (m for m in model.modules() if isinstance(m, BalancedGate)):
+        had = gate.aux.sequence_alpha, gate.aux.batch_alpha
+        if any(alphas) and had != alphas:
+            raise ValueError(
+                f"sequence_loss_alpha and batch_loss_alpha {alphas} must be those that the model was parallelised "
+                f"with {had}: give them to from_pretrained or parallelize"
+            )
+
+
 def initialize(
     model: nn.Module,
     ds_config: dict[str, Any] | str | Path,
@@ -61,6 +93,8 @@ def initialize(
     """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
 
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
+    model: one that is parallelised already, as from `from_pretrained`, is taken as it is; ep_degree, and max_rows
+        and the alphas if given, must be the same. One in evaluation mode is put in training mode: there no gate counts.
     ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2, or the path of one. Its section `alf_lb` may hold
         ep_degree, rule, rate, centered, mode and the other keys of [parallel] and [balance] instead of arguments.
         Steps whose gradients are not finite are skipped, with float32 too. On CPU, Adam and AdamW are torch's fused.
@@ -88,7 +122,12 @@ def initialize(
     check_rule(joined["rule"], joined["rate"](0) if callable(joined["rate"]) else joined["rate"])
     check_mode(joined["mode"])
     shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha", "max_rows")}
-    parallelize(model, timeout_seconds=timeout_seconds, **shards)
+    if sharded_experts(model):
+        _check_parallelised(model, **shards)
+    else:
+        parallelize(model, timeout_seconds=timeout_seconds, **shards)
+    if not model.training:
+        model.train()
     if callable(model_parameters):
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))

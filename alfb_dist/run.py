@@ -23,11 +23,12 @@ from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_en
 from alfb_dist.ds_config import derive_ds_config, lr_schedule
 from alfb_dist.engine import initialize, quiet
 from alfb_dist.families import moe_blocks
-from alfb_dist.model import build_model, parameter_groups
+from alfb_dist.model import build_model, count_parameters, parameter_groups, transformers_config
 from alfb_dist.network import INTERFACE_VARIABLES
 from alfb_dist.peers import Peer, Peers
 from alfb_dist.placement import check_placement, grid_rows
 from alfb_dist.preflight import differences, facts
+from alfb_dist.pretrained.importing import RELEASED
 from alfb_dist.report import NullReporter, Reporter, open_reporter
 from alfb_dist.report.console import print_table
 from alfb_dist.run_folder import (
@@ -123,7 +124,7 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     folder = first_ranks(lambda: _choose_folder(config), group, ConfigError)
     _check_shared(folder, group)
     model = build_model(config)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = count_parameters(model)
     layer_names = [block.name for block in moe_blocks(model)]
     balance = config.balance
     engine, balancer = initialize(
@@ -143,9 +144,11 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     )
     run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter(), peers)
     _resume(run)
-    if config.model.path and balance.mode == "auto":
+    released = config.model.path or run.summary.get(RELEASED)
+    if released and balance.mode == "auto":
+        balancer.modes = ["freeze"] * len(balancer.modes)
         run.notes.append(
-            f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
+            f'the biases of {released} stay as released (balance.mode = "auto"); '
             "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
         )
     run.notes += [misplaced] if misplaced else []
@@ -182,11 +185,10 @@ def _prepare(config: Config) -> PreparedData:
 
 def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches]:
     data, files = config.data, (TokenFile(prepared.train), TokenFile(prepared.validation))
-    vocab_size = config.model.config.get("vocab_size")
+    vocab_size = getattr(transformers_config(config.model), "vocab_size", None)
     if isinstance(vocab_size, int) and files[0].vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.config.vocab_size ({vocab_size}) must be at least the tokenizer's ({files[0].vocab_size})"
-        )
+        where = f"vocab_size of {config.model.path}" if config.model.path else "model.config.vocab_size"
+        raise ConfigError(f"{where} ({vocab_size}) must be at least the tokenizer's ({files[0].vocab_size})")
     train_batches, validation_batches = (
         Batches(file, data.sequence_length, data.layout, seed=config.run.seed) for file in files
     )
@@ -234,7 +236,16 @@ def _resume(run: Run) -> None:
         state = checkpoint.load(run.engine, run.balancer, path)
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
         run.notes.append(f"resumed from {path.name}")
+        if run.first_step == 0 and RELEASED in run.summary:
+            _start_released(run)
+            return
         run.notes += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
+
+
+def _start_released(run: Run) -> None:
+    """The run is at the start of a released model that was made its step 0: `recentre` happens now."""
+    state = run.balancer.state_dict()
+    run.balancer.load_state_dict({**state, "bias_LE": run.balancer._started(state["bias_LE"])})
 
 
 def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files
-from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name, header_bytes, tensor_bytes
-from alfb_dist.pretrained.names import Output, Piece
+from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, header_bytes, tensor_bytes
+from alfb_dist.pretrained.outputs import Output, Piece
 from alfb_dist.pretrained.source import INDEX, WEIGHTS
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -20,7 +21,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """A file and the tensors in it, in the order of its bytes, wide types before narrow ones."""
+    """A file and the tensors in it, in the order of its bytes."""
 
     name: str
     outputs: tuple[tuple[Output, Entry], ...]
@@ -49,32 +50,41 @@ def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes:
         room -= entry.bytes
     count = len(groups)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    width = {name: dtype.itemsize for name, dtype in dtypes.items()}
     return [
-        Shard(name, tuple(sorted(group, key=lambda item: -width[item[0].pieces[0].parameter])))
+        Shard(name, tuple(sorted(group, key=lambda item: -_divisor(item[1].bytes))))
         for name, group in zip(names, groups)
     ]
 
 
+def _divisor(size: int) -> int:
+    """The largest power of two, up to ALIGNMENT, that divides a number of bytes.
+
+    Sorted by it, tensors of a whole number of ALIGNMENT bytes all start at such a number, and every other tensor at
+    a multiple of its elements' width. The format has no room for padding between tensors.
+    """
+    return math.gcd(size, ALIGNMENT)
+
+
 class ShardFile:
-    """A file that takes its pieces one by one, in order. OSErrors name the path and how far it got."""
+    """A file that takes its values stretch by stretch, in order. OSErrors name the path and how far it got."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         entries = [entry for _, entry in shard.outputs]
         header = header_bytes(entries, {"format": "pt"})  # transformers asks for the format
         self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
-        self._waiting = len(shard.pieces)
         self._file.write(header)
-        if not self._waiting:
-            self._file.finish()
+        self._finish_if_whole()
 
-    def put(self, piece: Tensor) -> bool:
-        """The piece, contiguous on CPU, stands in the file; whether that was the last one and the file is finished."""
-        self._file.write(tensor_bytes(piece))
-        self._waiting -= 1
-        if not self._waiting:
+    def put(self, values: Tensor) -> bool:
+        """The values, contiguous on CPU, stand in the file; whether those were the last and the file is finished."""
+        self._file.write(tensor_bytes(values))
+        return self._finish_if_whole()
+
+    def _finish_if_whole(self) -> bool:
+        whole = self._file.written == self._file.size
+        if whole:
             self._file.finish()
-        return not self._waiting
+        return whole
 
     def close(self) -> None:
         """The file is closed, whole or not."""
