@@ -19,11 +19,9 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop profiling config topology collectives agreement metrics balance router aux_loss
-    arena shared_memory exchange dispatch bounded experts attention
-    recompute choice families trial gate frozen moe sharding mend autoep balancer callback
-    model data ds_config engine checkpoint pretrained
-    report estimate run_folder run train bench doctor cli
+    stop profiling config topology collectives agreement metrics balance router aux_loss arena shared_memory exchange
+    dispatch bounded experts attention recompute choice families trial gate frozen moe sharding mend autoep balancer
+    model data ds_config engine checkpoint pretrained callback report estimate run_folder run train bench doctor cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 
