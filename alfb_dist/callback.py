@@ -15,6 +15,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState, Trai
 from alfb_dist import metrics
 from alfb_dist.balance import check_rule, rate_schedule
 from alfb_dist.balancer import Balancer, check_mode
+from alfb_dist.pretrained.names import find_origins
 from alfb_dist.sharding import watch
 
 
@@ -50,9 +51,10 @@ class BalanceCallback(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The biases are float32 from now on, before anything casts them or a checkpoint is read into them."""
-        if isinstance(model, nn.Module):
-            watch(model)
+        """The biases are float32 from now on, before anything casts them or a checkpoint is read into them; which is
+        read whole, experts included."""
+        if isinstance(model, nn.Module) and watch(model):
+            model.register_load_state_dict_pre_hook(_stack_experts)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The Balancer is made; collective."""
@@ -112,6 +114,24 @@ def _packed(balancer: Balancer) -> dict[str, Any]:
     bias_LE = balancer.bias_LE.cpu()
     text = base64.b64encode(bias_LE.numpy().astype("<f4").tobytes()).decode("ascii")
     return {"num_steps": balancer.num_steps, "shape": list(bias_LE.shape), "bias": text}
+
+
+def _stack_experts(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Experts that stand one by one in a state dict are put together as the model has them.
+
+    So transformers 5.23 writes them; its Trainer then loads them by the model's names, finds none, and goes on with
+    the experts that the model had. What is not the whole of the model is left as it is, for transformers to tell.
+    """
+    try:
+        origins = find_origins(model, {name: tuple(x.shape) for name, x in state_dict.items()})
+    except ValueError:
+        return
+    for name, origin in origins.items():
+        if origin.whole is None:
+            parts = [torch.cat([state_dict.pop(n) for n in names]) for names in origin.experts]
+            state_dict[name] = torch.stack(parts)
+        elif origin.whole != name:
+            state_dict[name] = state_dict.pop(origin.whole)
 
 
 def _found(state: Any, name: str) -> dict[str, Any] | None:

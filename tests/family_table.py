@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from tiny_families import FAMILIES, family_model
+from tiny_families import FAMILIES, family_config, family_model
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -45,6 +47,15 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def trains_mtp(family: str) -> bool:
+    """Whether its model has more parameters when asked for one multi-token-prediction layer."""
+    known = family_config(family).to_dict()
+    keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in known]
+    with torch.device("meta"):
+        built = [AutoModelForCausalLM.from_config(family_config(family, **dict.fromkeys(keys, n))) for n in (0, 1)]
+    return len({sum(p.numel() for p in model.parameters()) for model in built}) > 1
+
+
 def family_row(family: str) -> str:
     """The family's line of the table, from a tiny model of it."""
     model = parallelize(family_model(family), ep_degree=1)
@@ -55,7 +66,6 @@ def family_row(family: str) -> str:
     experts = block.module.experts
     form = ", ".join(name for name, _ in experts.named_parameters())
     surplus = ", experts without weights" if any(experts.unread_rows.values()) else ""
-    mtp = any("mtp" in name or "nextn" in name for name, _ in model.named_modules())
     return _row(
         [
             f"`{family}`",
@@ -65,7 +75,7 @@ def family_row(family: str) -> str:
             "fast" if experts.part is None else "general",
             "ours" if block.gate.fast else "the family's",
             "yes" if block.gate.spec is not None else "no",
-            "in the model" if mtp else "none",
+            "in the model" if trains_mtp(family) else "none",
             "done",
         ]
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tiny import biases, expected_load, gates, part, random_biases, set_biases, tiny_batch, tiny_model
+from tiny import gates, part, plain_step, random_biases, set_biases, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 from alfb_dist.balancer import Balancer
@@ -110,23 +110,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, dict[st
 
 @functools.cache
 def plain_loop(frozen_router: bool = False, moves: bool = True) -> list[dict[str, Tensor]]:
-    """The same training by transformers' own model in one process, counted and balanced by hand."""
-    model, seen = start_model(frozen_router), []
-    for step in range(STEPS):
-        batch = global_batch(step)
-        load_LE = expected_load(model, batch)
-        model(**batch).loss.backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p -= LEARNING_RATE * p.grad
-                    p.grad = None
-        for gate, load in zip(gates(model), load_LE.tolist()):
-            mean = sum(load) / len(load)
-            for i, n in enumerate(load):
-                gate.e_score_correction_bias[i] += moves * RATE * ((n < mean) - (n > mean))
-        seen.append({"load": load_LE, "bias": biases(model)})
-    return seen
+    """The same training by transformers' own model in one process."""
+    model, rate = start_model(frozen_router), RATE if moves else 0.0
+    return [plain_step(model, global_batch(i), learning_rate=LEARNING_RATE, rate=rate) for i in range(STEPS)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -224,3 +224,22 @@ class SharedGate(nn.Module):
 
     def forward(self, first_SD: Tensor, second_SD: Tensor) -> Tensor:
         return self.first(first_SD[None]).sum() + self.second(second_SD[None]).sum()
+
+
+def plain_step(
+    model: nn.Module, batch: dict[str, Tensor], *, learning_rate: float, rate: float, rule: str = "sign"
+) -> dict[str, Tensor]:
+    """One step of transformers' own model by hand: choices counted one by one, SGD, the rule written out."""
+    load_LE = expected_load(model, batch)
+    train_on(model, batch)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= learning_rate * p.grad
+                p.grad = None
+    for gate, load in zip(gates(model), load_LE.tolist()):
+        for i, n in enumerate(load):
+            excess = n - sum(load) / len(load)
+            move = (excess > 0) - (excess < 0) if rule == "sign" else excess / sum(load)
+            gate.e_score_correction_bias[i] -= rate * move
+    return {"load": load_LE, "bias": biases(model)}
