@@ -15,7 +15,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState, Trai
 from alfb_dist import metrics
 from alfb_dist.balance import check_rule, rate_schedule
 from alfb_dist.balancer import Balancer, check_mode
-from alfb_dist.pretrained.names import find_origins
+from alfb_dist.pretrained.origins import find_origins
 from alfb_dist.sharding import watch
 
 
