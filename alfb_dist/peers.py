@@ -122,9 +122,18 @@ class Peers:
         waits = self._ending or any(Path(f.f_code.co_filename).name == "distributed_c10d.py" for f in frames)
         return {"step": self.step, "where": _place(frames[::-1]), "waits": waits, "failure": self._failure}
 
+    def close(self) -> None:
+        """This rank does not answer any more."""
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for questions
+        self._server.close()
+
     def _serve(self) -> None:
         while True:
-            line = self._server.accept()[0]
+            try:
+                line = self._server.accept()[0]
+            except OSError:  # closed
+                return
             with contextlib.suppress(OSError, ValueError), line:
                 line.settimeout(ANSWER_SECONDS)
                 question = json.loads(line.makefile().readline())

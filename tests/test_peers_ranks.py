@@ -126,12 +126,51 @@ def place(rank: int) -> tuple[str, bool]:
     peers = Peers(rank)
     with pytest.raises(KeyError), peers.watch():
         raise KeyError("x")
+    peers.close()
     return str(peers.me), failed_exchange(KeyError("x"))
 
 
 def test_a_world_of_one_has_nobody_to_ask() -> None:
     me, _ = place(0)
     assert me == f"rank 0 on {socket.gethostname()} (pid {os.getpid()})"
+
+
+def broken() -> None:
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:4711")
+
+
+def test_what_a_rank_has_told_of_its_end_outweighs_its_silence() -> None:
+    left, failing, third = (Peers(rank) for rank in range(3))
+    for peers in (left, failing, third):
+        peers.meet([left.me, failing.me, third.me])
+    failing.step = 7
+    with pytest.raises(ValueError, match="disk full"), failing.watch():
+        raise ValueError("disk full")
+    failing.close()  # gone, as is the rank that failed next
+    with pytest.raises(
+        PeerError, match=r"rank 1 on .* failed at step 7, the loop: ValueError: disk full\. This is rank 0"
+    ):
+        with left.watch():
+            broken()
+    left.close()
+    with pytest.raises(PeerError, match=r"rank 1 on .* failed at step 7") as error, third.watch():
+        broken()
+    third.close()
+    assert "rank 0" not in str(error.value)
+
+
+def test_what_a_rank_has_found_out_is_told_to_the_rest() -> None:
+    first, gone, second = (Peers(rank) for rank in range(3))
+    for peers in (first, gone, second):
+        peers.meet([first.me, gone.me, second.me])
+    gone.close()
+    with pytest.raises(PeerError, match=r"the process is gone: rank 1 on "), first.watch():
+        broken()
+    first.close()
+    with pytest.raises(PeerError, match=r"the process is gone: rank 1 on ") as error, second.watch():
+        broken()
+    second.close()
+    assert "rank 0" not in str(error.value)
 
 
 def test_only_the_backends_errors_are_of_an_exchange() -> None:

@@ -58,7 +58,8 @@ def cut(hosts: Hosts, folder: Path) -> str:
     words = ("--set", "parallel.ep_degree=4", "--hostfile", "hosts", *steps)
     run = start(hosts, folder, launch(hosts, folder, "cut", *words))
     output = folder / "output"
-    wait_for(lambda: f"step {CUT_AFTER}/" in output.read_text(), 600, "the run did not come to its step")
+    metrics = folder / "runs" / "cut" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= CUT_AFTER, 600, "the run did not begin")
     hosts.link("host2", up=False)
     pulled = time.monotonic()
     try:
@@ -67,8 +68,8 @@ def cut(hosts: Hosts, folder: Path) -> str:
         told = next(line for line in output.read_text().splitlines() if "alfb: step " in line)
         for needed in ("rank 2 on host2", "rank 3 on host2"):
             assert needed in told, told
-        code = run.wait(60)
-        assert code == 1, f"exit code {code}"
+        wait_for(lambda: run.poll() is not None, 60, "the launching command did not end")
+        assert run.returncode == 1, f"exit code {run.returncode}"
         wait_for(lambda: not any(hosts.processes(h) for h in hosts.names), 30, "processes are left behind")
     finally:
         hosts.link("host2", up=True)
