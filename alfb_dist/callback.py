@@ -127,10 +127,10 @@ def _stack_experts(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> Non
     except ValueError:
         return
     for name, origin in origins.items():
-        if origin.whole is None:
-            parts = [torch.cat([state_dict.pop(n) for n in names]) for names in origin.experts]
+        if origin.whole is None and origin.stacked and all(origin.parts):
+            parts = [torch.cat([state_dict.pop(n) for n in names]) for names in origin.parts]
             state_dict[name] = torch.stack(parts)
-        elif origin.whole != name:
+        elif origin.whole not in (None, name):
             state_dict[name] = state_dict.pop(origin.whole)
 
 
