@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 from alfb_dist.config import ConfigError, load_config
-from alfb_dist.doctor import CHECKS, examine, exchange, hosts, kernels, launchers, packages, pitfalls
+from alfb_dist.doctor import CHECKS, examine, exchange, hosts, kernels, launchers, machine, packages, pitfalls
 from alfb_dist.doctor.case import Case
 from alfb_dist.doctor.device import Device, driver_version, judge_accelerator, judge_nccl
 from alfb_dist.doctor.exchange import judge_exchange
@@ -517,6 +517,19 @@ def test_disk_and_memory_are_held_against_the_configuration(tmp_path: Path, monk
     assert "weights, gradients and optimizer" in list(check_limits(given))[-1].found
     big = case("model.config.moe_intermediate_size=2000000000", f'run.folder="{tmp_path}"')
     assert list(check_limits(big))[-1].verdict == next(check_disk(big)).verdict == "problem"
+
+
+def test_on_gpus_the_memory_of_the_fullest_counts_for_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case()
+    assert given.estimate is not None and given.local_ranks == 2
+    needed = given.estimate.state_bytes
+    free = [needed * 4, needed + 1]
+    monkeypatch.setattr(machine, "uses_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free[i], 0))
+    assert list(check_limits(given))[-1].verdict == "warning"
+    free[1] = needed - 1
+    assert list(check_limits(given))[-1].verdict == "problem"
 
 
 def test_a_checkpoint_has_as_many_bytes_a_parameter_as_the_disk_check_says(tmp_path: Path) -> None:
