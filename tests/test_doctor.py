@@ -392,6 +392,20 @@ def test_an_exchange_without_figures_is_a_problem() -> None:
     assert exchange.measure({}, rank=rank("print('hello')"), limit=50) == "nothing was measured"
 
 
+@pytest.mark.parametrize(("gpus", "verdict"), [(0, "not applicable"), (1, "not applicable"), (2, "ok")])
+def test_nccl_is_measured_between_two_gpus(gpus: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def measure(environment: dict[str, str]) -> dict[str, Any]:
+        asked.append(environment)
+        return MEASURED
+
+    monkeypatch.setattr(exchange, "measure", measure)
+    monkeypatch.setattr(exchange, "find_device", lambda: Device(None, "13.0", "580.1", ("H100",) * gpus))
+    assert verdicts(exchange.check_exchange(Case())) == {"exchange over gloo": "ok", "exchange over nccl": verdict}
+    assert asked == [{"DS_ACCELERATOR": "cpu"}, {"DS_ACCELERATOR": "cuda"}][: 1 + (verdict == "ok")]
+
+
 def hangs(case: Case) -> Iterator[Result]:
     yield ok("before", "")
     time.sleep(30)
