@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 from alfb_dist.config import ConfigError, load_config
-from alfb_dist.doctor import CHECKS, examine, exchange, hosts, kernels, launchers, packages, pitfalls
+from alfb_dist.doctor import CHECKS, examine, exchange, hosts, kernels, launchers, machine, packages, pitfalls
 from alfb_dist.doctor.case import Case
 from alfb_dist.doctor.device import Device, driver_version, judge_accelerator, judge_nccl
 from alfb_dist.doctor.exchange import judge_exchange
@@ -147,8 +147,8 @@ JUDGEMENTS: list[tuple[Callable[..., Any], tuple[Any, ...], str, str]] = [
     (pitfalls.judge_mode, ("model", "auto", 0.001), "warning", "stay as released"),
     (pitfalls.judge_mode, ("", "freeze", 0.001), "warning", "stay 0"),
     (pitfalls.judge_losses, (0.001, 0.0, 0.0), "ok", "none"),
-    (pitfalls.judge_losses, (0.001, 1e-4, 0.0), "ok", "small"),
-    (pitfalls.judge_losses, (0.0, 0.0, 0.001), "ok", "beside no other"),
+    (pitfalls.judge_losses, (0.001, 1e-4, 0.0), "ok", "sequence_loss_alpha 0.0001"),
+    (pitfalls.judge_losses, (0.0, 0.0, 0.001), "ok", "instead of the bias"),
     (pitfalls.judge_losses, (0.001, 0.0, 0.001), "warning", "batch_loss_alpha = 0"),
     (pitfalls.judge_losses, (0.001, 0.1, 0.0), "warning", "DeepSeek-V3 takes 0.0001"),
     (pitfalls.judge_accumulation, (True, 1, 4), "ok", "4 micro-batches"),
@@ -392,6 +392,20 @@ def test_an_exchange_without_figures_is_a_problem() -> None:
     assert exchange.measure({}, rank=rank("print('hello')"), limit=50) == "nothing was measured"
 
 
+@pytest.mark.parametrize(("gpus", "verdict"), [(0, "not applicable"), (1, "not applicable"), (2, "ok")])
+def test_nccl_is_measured_between_two_gpus(gpus: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def measure(environment: dict[str, str]) -> dict[str, Any]:
+        asked.append(environment)
+        return MEASURED
+
+    monkeypatch.setattr(exchange, "measure", measure)
+    monkeypatch.setattr(exchange, "find_device", lambda: Device(None, "13.0", "580.1", ("H100",) * gpus))
+    assert verdicts(exchange.check_exchange(Case())) == {"exchange over gloo": "ok", "exchange over nccl": verdict}
+    assert asked == [{"DS_ACCELERATOR": "cpu"}, {"DS_ACCELERATOR": "cuda"}][: 1 + (verdict == "ok")]
+
+
 def hangs(case: Case) -> Iterator[Result]:
     yield ok("before", "")
     time.sleep(30)
@@ -517,6 +531,19 @@ def test_disk_and_memory_are_held_against_the_configuration(tmp_path: Path, monk
     assert "weights, gradients and optimizer" in list(check_limits(given))[-1].found
     big = case("model.config.moe_intermediate_size=2000000000", f'run.folder="{tmp_path}"')
     assert list(check_limits(big))[-1].verdict == next(check_disk(big)).verdict == "problem"
+
+
+def test_on_gpus_the_memory_of_the_fullest_counts_for_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case()
+    assert given.estimate is not None and given.local_ranks == 2
+    needed = given.estimate.state_bytes
+    free = [needed * 4, needed + 1]
+    monkeypatch.setattr(machine, "uses_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free[i], 0))
+    assert list(check_limits(given))[-1].verdict == "warning"
+    free[1] = needed - 1
+    assert list(check_limits(given))[-1].verdict == "problem"
 
 
 def test_a_checkpoint_has_as_many_bytes_a_parameter_as_the_disk_check_says(tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ def driver_version(path: Path = DRIVER) -> str | None:
     return match[1] if match else None
 
 
+def uses_cuda() -> bool:
+    """Whether ranks would run on GPUs here."""
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def find_device() -> Device:
     """The device of this machine."""
     import torch

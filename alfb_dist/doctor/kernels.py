@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from alfb_dist.doctor.case import Case
+from alfb_dist.doctor.device import uses_cuda
 from alfb_dist.doctor.result import Result, not_applicable, ok, problem, warning
 
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
@@ -60,12 +61,10 @@ def kernel_difference() -> float:
 
 def check_kernels(case: Case) -> Iterator[Result]:
     """The compiled kernels of this machine."""
-    import torch
-
     from alfb_dist.experts.compiler import find_compiler
     from alfb_dist.experts.native import library
 
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    cuda = uses_cuda()
     off, compiler = os.environ.get("ALFB_NATIVE") == "0", find_compiler()
     loaded = not (cuda or off or compiler is None) and library() is not None
     yield judge_kernels(

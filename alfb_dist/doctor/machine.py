@@ -13,7 +13,8 @@ import psutil
 
 import alfb_dist
 from alfb_dist.doctor.case import Case
-from alfb_dist.doctor.result import Result, not_applicable, ok, problem, warning
+from alfb_dist.doctor.device import uses_cuda
+from alfb_dist.doctor.result import Result, ok, problem, warning
 from alfb_dist.estimate import human
 
 GIB = 2**30
@@ -40,13 +41,11 @@ def judge_files(soft: int) -> Result:
     return ok("open files", "no limit" if soft < 0 else f"at most {soft} a process")
 
 
-def judge_memory(available: int, needed: int | None) -> Result:
-    """needed: bytes of the ranks' weights, gradients and optimizer on this machine, None without a configuration."""
+def judge_memory(available: int, needed: int | None, whose: str = "this machine's ranks") -> Result:
+    """needed: bytes of weights, gradients and optimizer, None without a configuration. whose: these are."""
     if needed is None:
         return ok("memory", f"{human(available)} available")
-    found = (
-        f"{human(needed)} for weights, gradients and optimizer of this machine's ranks; {human(available)} available"
-    )
+    found = f"{human(needed)} for weights, gradients and optimizer of {whose}; {human(available)} available"
     mend = "more ranks, a larger parallel.ep_degree, or ZeRO stage 1 or 2"
     if needed > available:
         return problem("memory", found, mend)
@@ -99,16 +98,23 @@ def available_memory() -> int:
     return min(available, max(0, limit - used))
 
 
+def free_gpu_memory() -> int:
+    """Bytes that are free on the fullest GPU."""
+    import torch
+
+    return min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+
+
 def check_limits(case: Case) -> Iterator[Result]:
     """Shared memory, open files and memory."""
     shm = Path("/dev/shm")
     yield judge_shm(shutil.disk_usage(shm).total if shm.is_dir() else None)
     yield judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if os.environ.get("DS_ACCELERATOR") == "cuda":
-        yield not_applicable("memory", "the model is on the GPUs: alfb train CONFIG --dry-run tells its size")
-        return
-    sizes = case.estimate
-    yield judge_memory(available_memory(), None if sizes is None else sizes.state_bytes * case.local_ranks)
+    needed = None if case.estimate is None else case.estimate.state_bytes
+    if uses_cuda():
+        yield judge_memory(free_gpu_memory(), needed, "the rank of a GPU")
+    else:
+        yield judge_memory(available_memory(), None if needed is None else needed * case.local_ranks)
 
 
 def check_disk(case: Case) -> Iterator[Result]:

@@ -73,7 +73,9 @@ def judge_losses(rate: float, sequence_alpha: float, batch_alpha: float) -> Resu
     if sequence_alpha > 0.001:
         found = f"balance.sequence_loss_alpha ({sequence_alpha:g}) is large: DeepSeek-V3 takes 0.0001"
         return warning(check, found, "balance.sequence_loss_alpha = 0.0001")
-    return ok(check, "none" if sequence_alpha == batch_alpha == 0 else "beside no other, or small")
+    if batch_alpha > 0:
+        return ok(check, f"batch_loss_alpha {batch_alpha:g} instead of the bias")
+    return ok(check, f"sequence_loss_alpha {sequence_alpha:g}" if sequence_alpha else "none")
 
 
 def judge_accumulation(managed: bool, stage: int, micro_batches: int) -> Result:
