@@ -35,6 +35,9 @@ DTYPES = {
 """The format's names of types: torch's name and bytes per element."""
 _NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 _BLOCK_BYTES = 4 << 20
+ALIGNMENT = 64
+"""The first tensor of a file starts at a multiple of this. Products on CPU may differ in the last bit on memory that is
+aligned otherwise than torch's own, and who maps a file computes on the file's bytes where they lie."""
 
 
 def dtype_name(dtype: Any) -> str:
@@ -81,7 +84,7 @@ def header_bytes(entries: Sequence[Entry], metadata: dict[str, str] | None = Non
         start, end = end, end + entry.bytes
         header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 

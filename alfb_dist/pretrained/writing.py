@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files
-from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name, header_bytes, tensor_bytes
+from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, header_bytes, tensor_bytes
 from alfb_dist.pretrained.names import Output, Piece
 from alfb_dist.pretrained.source import INDEX, WEIGHTS
 
@@ -20,7 +21,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """A file and the tensors in it, in the order of its bytes, wide types before narrow ones."""
+    """A file and the tensors in it, in the order of its bytes."""
 
     name: str
     outputs: tuple[tuple[Output, Entry], ...]
@@ -49,11 +50,18 @@ def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes:
         room -= entry.bytes
     count = len(groups)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    width = {name: dtype.itemsize for name, dtype in dtypes.items()}
     return [
-        Shard(name, tuple(sorted(group, key=lambda item: -width[item[0].pieces[0].parameter])))
-        for name, group in zip(names, groups)
+        Shard(name, tuple(sorted(group, key=lambda item: -_divisor(item[1].bytes)))) for name, group in zip(names, groups)
     ]
+
+
+def _divisor(size: int) -> int:
+    """The largest power of two, up to ALIGNMENT, that divides a number of bytes.
+
+    Sorted by it, tensors of a whole number of ALIGNMENT bytes all start at such a number, and every other tensor at
+    a multiple of its elements' width. The format has no room for padding between tensors.
+    """
+    return math.gcd(size, ALIGNMENT)
 
 
 class ShardFile:
