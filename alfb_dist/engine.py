@@ -18,6 +18,8 @@ from alfb_dist.attention import choose_attention
 from alfb_dist.balance import Schedule, check_rule
 from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.ds_config import check_ds_config, with_defaults
+from alfb_dist.gate import BalancedGate
+from alfb_dist.moe import sharded_experts
 from alfb_dist.sharding import parallelize
 
 
@@ -40,6 +42,28 @@ def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> N
                 )
 
 
+def _check_parallelised(model: nn.Module, ep_degree: int, *alphas: float) -> None:
+    """Nothing, or ValueError if the model was parallelised otherwise than is asked for now."""
+    for name, experts in sharded_experts(model):
+        if experts.ep_size != ep_degree:
+            raise ValueError(
+                f"ep_degree ({ep_degree}) must be the one that the model was parallelised with ({experts.ep_size}): "
+                "give the same to both, or parallelise the model anew"
+            )
+        if experts.grid is None:
+            raise ValueError(
+                f"{name} was parallelised before torch.distributed was up: call "
+                "alfb_dist.topology.init_distributed() first, then from_pretrained or parallelize"
+            )
+    for gate in (m for m in model.modules() if isinstance(m, BalancedGate)):
+        had = gate.aux.sequence_alpha, gate.aux.batch_alpha
+        if any(alphas) and had != alphas:
+            raise ValueError(
+                f"sequence_loss_alpha and batch_loss_alpha {alphas} must be those that the model was parallelised "
+                f"with {had}: give them to from_pretrained or parallelize"
+            )
+
+
 def initialize(
     model: nn.Module,
     ds_config: dict[str, Any],
@@ -59,6 +83,8 @@ def initialize(
     """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
 
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
+    model: one that is parallelised already, as from `from_pretrained`, is taken as it is; ep_degree, and the alphas if
+        given, must be the same. One in evaluation mode is put in training mode: there no gate counts.
     ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,
         with float32 too. On CPU, Adam and AdamW are torch's fused ones.
     model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
@@ -69,14 +95,19 @@ def initialize(
     check_ds_config(ds_config)
     check_rule(rule, rate(0) if callable(rate) else rate)
     check_mode(mode)
-    parallelize(
-        model,
-        ep_degree=ep_degree,
-        sequence_loss_alpha=sequence_loss_alpha,
-        batch_loss_alpha=batch_loss_alpha,
-        max_rows=max_rows,
-        timeout_seconds=timeout_seconds,
-    )
+    if sharded_experts(model):
+        _check_parallelised(model, ep_degree, sequence_loss_alpha, batch_loss_alpha)
+    else:
+        parallelize(
+            model,
+            ep_degree=ep_degree,
+            sequence_loss_alpha=sequence_loss_alpha,
+            batch_loss_alpha=batch_loss_alpha,
+            max_rows=max_rows,
+            timeout_seconds=timeout_seconds,
+        )
+    if not model.training:
+        model.train()
     if callable(model_parameters):
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))

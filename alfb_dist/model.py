@@ -2,50 +2,77 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from alfb_dist.config import Config
+from alfb_dist import pretrained
+from alfb_dist.config import Config, ConfigError
+from alfb_dist.config.tables import ModelConfig
+from alfb_dist.moe import sharded_experts
 
 
-def _transformers_config(config: Config) -> Any:
+def transformers_config(model: ModelConfig) -> Any:
+    """transformers' configuration of the model: that of model.path, or the given one. Weights need not be there."""
     from transformers import AutoConfig
 
-    if config.model.path:
-        return AutoConfig.from_pretrained(config.model.path)
-    return AutoConfig.for_model(config.model.family, **config.model.config)
+    if model.path:
+        return pretrained.read_config(Path(model.path))[0]
+    return AutoConfig.for_model(model.family, **model.config)
 
 
 def meta_model(config: Config) -> nn.Module:
     """The model with shapes but without memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(_transformers_config(config))
+    model: nn.Module = pretrained.meta_model(transformers_config(config.model))
     return model
 
 
 def build_model(config: Config) -> nn.Module:
-    """The model in float32, initialised from run.seed (the same on every rank) or read from model.path.
+    """The model in float32 and training mode: initialised from run.seed, the same on every rank, or from model.path.
 
-    DeepSpeed casts it to model.dtype. Activation checkpointing is on as train.activation_checkpointing says.
-    Raises ValueError for a family that transformers does not know.
+    A model from model.path comes parallelised, each rank having read its own experts only; collective then. DeepSpeed
+    casts it to model.dtype. Activation checkpointing is on as train.activation_checkpointing says.
+    Raises ConfigError for a folder that cannot be read, and ValueError for a family that transformers does not know.
     """
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(config.run.seed)
-    options = {"attn_implementation": config.model.attention, "dtype": torch.float32}
-    if config.model.path:
-        model = AutoModelForCausalLM.from_pretrained(config.model.path, **options)
-    else:
-        model = AutoModelForCausalLM.from_config(_transformers_config(config), **options)
+    model = _read(config) if config.model.path else _initialised(config)
     model.config.use_cache = False
     if config.train.activation_checkpointing != "none":
         reentrant = config.train.activation_checkpointing == "reentrant"
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    return model.train()  # one that was read comes in evaluation mode, in which no gate counts
+    trained: nn.Module = model.train()  # one that was read comes in evaluation mode, in which no gate counts
+    return trained
+
+
+def _initialised(config: Config) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        transformers_config(config.model), attn_implementation=config.model.attention, dtype=torch.float32
+    )
+
+
+def _read(config: Config) -> Any:
+    try:
+        return pretrained.from_pretrained(
+            config.model.path,
+            ep_degree=config.parallel.ep_degree,
+            dtype=torch.float32,
+            attn_implementation=config.model.attention,
+            sequence_loss_alpha=config.balance.sequence_loss_alpha,
+            batch_loss_alpha=config.balance.batch_loss_alpha,
+            timeout_seconds=config.run.timeout_seconds,
+        )
+    except ValueError as error:  # the same on every rank
+        raise ConfigError(f"model.path: {error}") from error
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many parameters the model has with the experts of all ranks."""
+    here = sum(p.numel() for p in model.parameters())
+    return here + sum((m.ep_size - 1) * p.numel() for _, m in sharded_experts(model) for p in m.parameters())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_en
 from alfb_dist.ds_config import derive_ds_config, lr_schedule
 from alfb_dist.engine import initialize, quiet
 from alfb_dist.families import moe_blocks
-from alfb_dist.model import build_model, parameter_groups
+from alfb_dist.model import build_model, count_parameters, parameter_groups, transformers_config
 from alfb_dist.report import NullReporter, Reporter, open_reporter
 from alfb_dist.run_folder import changed_settings, describe_run, last_run_folder, new_run_folder, write_config
 from alfb_dist.topology import init_distributed
@@ -61,7 +61,7 @@ def start(config: Config) -> Run:
     train_batches, validation_batches = agreed(lambda: _open_data(config, prepared), group, ConfigError)
     folder = first_ranks(lambda: _choose_folder(config), group, ConfigError)
     model = build_model(config)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = count_parameters(model)
     layer_names = [block.name for block in moe_blocks(model)]
     balance = config.balance
     engine, balancer = initialize(
@@ -118,11 +118,10 @@ def _prepare(config: Config) -> PreparedData:
 
 def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches]:
     data, files = config.data, (TokenFile(prepared.train), TokenFile(prepared.validation))
-    vocab_size = config.model.config.get("vocab_size")
+    vocab_size = getattr(transformers_config(config.model), "vocab_size", None)
     if isinstance(vocab_size, int) and files[0].vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.config.vocab_size ({vocab_size}) must be at least the tokenizer's ({files[0].vocab_size})"
-        )
+        where = f"vocab_size of {config.model.path}" if config.model.path else "model.config.vocab_size"
+        raise ConfigError(f"{where} ({vocab_size}) must be at least the tokenizer's ({files[0].vocab_size})")
     train_batches, validation_batches = (
         Batches(file, data.sequence_length, data.layout, seed=config.run.seed) for file in files
     )

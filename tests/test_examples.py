@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tiny import biases, expected_load, gates, random_biases, set_biases, tiny_batch, tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from alfb_dist.balancer import Balancer
 from alfb_dist.config import load_config
@@ -75,6 +76,9 @@ def test_block_runs_on_two_ranks_and_moves_the_bias(
     tokens = 2 * 2 * 2 * 6  # ranks, micro-batches, sequences, positions
     assert first["load"].sum(1).tolist() == ([tokens * 4] * 2 if steps else [0, 0])
     assert (first["bias"] - start_LE).abs().max().item() == pytest.approx(1e-3 * steps, rel=0.5, abs=1e-6)
+    if "save_pretrained" in block(heading, "python"):
+        written: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "trained-model")
+        assert torch.equal(biases(written), first["bias"])
 
 
 def small_config(folder: str, model: str = "") -> Any:

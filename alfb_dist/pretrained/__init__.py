@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "from_pretrained": "loading",
+    "meta_model": "folder",
+    "read_config": "folder",
     "save_pretrained": "saving",
     "to_hf": "conversion",
 }
-__all__ = ["from_pretrained", "save_pretrained", "to_hf"]
+__all__ = ["from_pretrained", "meta_model", "read_config", "save_pretrained", "to_hf"]
 
 if TYPE_CHECKING:
     from alfb_dist.pretrained.conversion import to_hf
+    from alfb_dist.pretrained.folder import meta_model, read_config
     from alfb_dist.pretrained.loading import from_pretrained
     from alfb_dist.pretrained.saving import save_pretrained
 

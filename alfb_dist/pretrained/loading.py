@@ -33,6 +33,7 @@ def from_pretrained(
     """The transformers model of a folder, parallelised, on CPU, in evaluation mode; collective.
 
     A rank reads its own experts and what all ranks hold, and never has more memory than for that and one more tensor.
+    Before training, `initialize` puts the model in training mode; another loop calls model.train(), or nothing counts.
     path: a local folder with config.json and safetensors files, experts fused or under their own names; weights in
         block-wise fp8 are dequantised. Nothing is fetched, no code of the folder is run, pickled weights are refused.
     dtype: of the weights; the configuration's, or else the files', unless given. Selection biases are float32 anyway.

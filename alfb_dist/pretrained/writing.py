@@ -51,7 +51,8 @@ def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes:
     count = len(groups)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     return [
-        Shard(name, tuple(sorted(group, key=lambda item: -_divisor(item[1].bytes)))) for name, group in zip(names, groups)
+        Shard(name, tuple(sorted(group, key=lambda item: -_divisor(item[1].bytes))))
+        for name, group in zip(names, groups)
     ]
 
 

@@ -1,0 +1,156 @@
+"""Training on from a folder: no rank builds the whole model, and the run is that of the whole model all the same."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_runs import refusal
+from ranks import run_ranks
+from tiny import random_biases, set_biases, tiny_batch, tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import alfb_dist
+from alfb_dist import run as runs
+from alfb_dist import train as loop
+from alfb_dist.cli import main
+from alfb_dist.config import Config, ConfigError, load_config
+from alfb_dist.engine import quiet
+from alfb_dist.pretrained import source
+
+TOML = """
+[run]
+name = "on"
+folder = "{folder}/runs"
+[model]
+path = "{folder}/released"
+[parallel]
+ep_degree = 2
+[balance]
+mode = "train"
+[optimizer]
+lr = 1e-2
+[data]
+source = ["{folder}/text"]
+cache = "{folder}/cache"
+sequence_length = 16
+validation_fraction = 0.5
+[train]
+steps = 2
+global_batch = 4
+micro_batch = 1
+[report]
+progress = false
+wandb = "disabled"
+html = false
+"""
+
+
+def released(folder: Path, **sizes: Any) -> nn.Module:
+    """A tiny model in folder/released, with texts to train on beside it and a configuration to do so."""
+    model = tiny_model(3, vocab_size=320, **sizes)
+    set_biases(model, random_biases(model, 4) + 8)
+    model.save_pretrained(folder / "released")
+    (folder / "text").mkdir()
+    for name in "abcd":
+        (folder / "text" / f"{name}.txt").write_text(f"{name}: a bias for every expert\n" * 50)
+    (folder / "on.toml").write_text(TOML.format(folder=folder))
+    return model
+
+
+def whole_model(config: Config) -> nn.Module:
+    """What a run would build if every rank read the whole model."""
+    torch.manual_seed(config.run.seed)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model.train()
+
+
+def trained(folder: Path, name: str, whole: bool) -> None:
+    if whole:
+        runs.build_model = whole_model
+    loop.train(load_config(folder / "on.toml", [f"run.name='{name}'"], world_size=dist.get_world_size()))
+
+
+def told(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """What a run folder tells of its steps, and of how many parameters there are."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in lines]
+    return timeless, json.loads((folder / "config.json").read_text())["num_parameters"]
+
+
+def test_run_from_a_folder_is_to_the_bit_the_run_of_the_whole_model(tmp_path: Path) -> None:
+    model = released(tmp_path)
+    for name, whole in (("shares", False), ("whole", True)):
+        run_ranks(2, trained, tmp_path, name, whole, folder=tmp_path)
+    steps, num_parameters = told(tmp_path / "runs" / "shares")
+    assert (steps, num_parameters) == told(tmp_path / "runs" / "whole")
+    assert num_parameters == sum(p.numel() for p in model.parameters())
+    assert steps[1]["loss"] != steps[0]["loss"] and steps[0]["bias_range"] > 0
+
+
+def sizes_of_start(folder: Path) -> tuple[int, int]:
+    """(bytes that this rank reads of the folder for a run, bytes of its largest parameter)."""
+    read: list[Any] = []
+    inner = source.Source.__init__
+    source.Source.__init__ = lambda self, paths: (read.append(self), inner(self, paths))[1]  # type: ignore
+    run = runs.start(load_config(folder / "on.toml", world_size=2))
+    return sum(s.bytes_read for s in read), max(p.numel() * 4 for p in run.engine.module.parameters())
+
+
+def test_rank_of_a_run_reads_its_share_only(tmp_path: Path) -> None:
+    model = released(tmp_path, n_routed_experts=16)
+    experts = [p.numel() * 4 for name, p in model.named_parameters() if ".experts." in name]
+    total = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    for read, largest in run_ranks(2, sizes_of_start, tmp_path, folder=tmp_path):
+        assert read == total - sum(experts) // 2 and largest < max(experts)
+
+
+def test_dry_run_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    released(tmp_path)
+    (tmp_path / "released" / "model.safetensors").unlink()
+    assert main(["train", str(tmp_path / "on.toml"), "--dry-run"]) == 0
+    assert "parameters in all" in capsys.readouterr().out
+
+
+def refused_run(folder: Path) -> str:
+    return refusal(lambda: runs.start(load_config(folder / "on.toml", world_size=2)), ConfigError)
+
+
+def test_folder_without_weights_is_refused_on_every_rank(tmp_path: Path) -> None:
+    released(tmp_path)
+    (tmp_path / "released" / "model.safetensors").unlink()
+    messages = run_ranks(2, refused_run, tmp_path, folder=tmp_path)
+    assert messages[0] == messages[1] and "model.path" in messages[0] and "model.safetensors" in messages[0]
+
+
+DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}}
+
+
+def initialised(folder: Path) -> tuple[list[str], Tensor, float]:
+    """Refusals of a model that was read for 2 ranks, then what a step on it makes of the loads; and the alpha kept."""
+    quiet()
+    warnings.simplefilter("error", UserWarning)  # a model in evaluation mode would bring one
+    model = alfb_dist.from_pretrained(folder / "released", ep_degree=2, sequence_loss_alpha=0.25)
+    assert not model.training
+    asked: list[dict[str, Any]] = [{"ep_degree": 1}, {"ep_degree": 2, "batch_loss_alpha": 0.5}]
+    refusals = [refusal(lambda a=a: alfb_dist.initialize(model, DS_CONFIG, **a)) for a in asked]  # type: ignore[misc]
+    engine, balancer = alfb_dist.initialize(model, DS_CONFIG, ep_degree=2)
+    engine.backward(engine(**tiny_batch(dist.get_rank(), 1, 6)).loss)
+    engine.step()
+    balancer.step()
+    return refusals, balancer.load_LE, balancer.gates[0].aux.sequence_alpha
+
+
+def test_initialize_takes_a_parallelised_model_as_it_is_and_refuses_another_degree(tmp_path: Path) -> None:
+    released(tmp_path)
+    for refusals, load_LE, alpha in run_ranks(2, initialised, tmp_path, folder=tmp_path):
+        assert "ep_degree (1)" in refusals[0] and "(2)" in refusals[0]
+        assert "(0.0, 0.5)" in refusals[1] and "(0.25, 0.0)" in refusals[1]
+        assert load_LE.sum(1).tolist() == [2 * 6 * 4] * 2 and alpha == 0.25
