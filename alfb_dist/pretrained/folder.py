@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
 from alfb_dist.pretrained.fp8 import FLOAT8, block_size
 from alfb_dist.pretrained.source import Source
 
@@ -102,3 +104,19 @@ def write_small_files(folder: Path, model: Any, dtype: torch.dtype, origin: Path
                     shutil.copyfile(path, folder / path.name)
         if (origin / "additional_chat_templates").is_dir():
             shutil.copytree(origin / "additional_chat_templates", folder / "additional_chat_templates")
+
+
+def write_sidecar(folder: Path, biases: dict[str, Tensor]) -> None:
+    """The folder has these biases, float32, in a file of their own."""
+    writer = SafetensorsWriter(folder / SIDECAR, [Entry(n, "F32", tuple(x.shape)) for n, x in biases.items()])
+    for name, bias in biases.items():
+        writer.put(name, bias)
+    writer.finish()
+
+
+def read_sidecar(folder: Path) -> dict[str, Tensor]:
+    """The biases that lie beside a model in its folder, by name; none if there is no such file."""
+    if not (folder / SIDECAR).is_file():
+        return {}
+    source = Source([folder / SIDECAR])
+    return {name: source.read(name) for name in source.tensors}

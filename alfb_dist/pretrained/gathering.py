@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from alfb_dist.collectives import (
     size,
 )
 from alfb_dist.moe import sharded_experts
-from alfb_dist.pretrained.names import Piece
+from alfb_dist.pretrained.outputs import Piece
 
-BATCH_BYTES = 32 << 20
-"""How much a writer is sent at a time; one piece may be more."""
+BATCH_BYTES, LEAST_BYTES = 4 << 20, 1 << 20
+"""How much all writers together are sent at a time, and the least that each of them is sent."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,30 @@ class Part:
 
 @dataclass(frozen=True)
 class _Experts:
-    """How a tensor is cut over ranks: experts on each, elements of an expert."""
+    """How a tensor is cut over ranks: experts in all and on each, elements of an expert."""
 
+    num_experts: int
     num_local: int
     size: int
 
 
-def batches(waiting: list[list[tuple[Piece, int]]]) -> Iterator[list[tuple[int, Piece]]]:
-    """(writer, piece) of every writer's pieces with their bytes, in order: about BATCH_BYTES for each at a time."""
-    queues = [list(reversed(queue)) for queue in waiting]
+def batches(waiting: list[list[Piece]], widths: Mapping[str, int]) -> Iterator[list[tuple[int, Piece]]]:
+    """(writer, piece) of every writer's pieces in order, a few at a time, large ones cut.
+
+    widths: bytes of an element, by the names of tensors.
+    """
+    queues, room = [list(reversed(queue)) for queue in waiting], max(LEAST_BYTES, BATCH_BYTES // len(waiting))
     while any(queues):
         batch = []
         for writer, queue in enumerate(queues):
-            taken = 0
-            while queue and (taken == 0 or taken + queue[-1][1] <= BATCH_BYTES):
-                piece, count = queue.pop()
-                taken += max(count, 1)
-                batch.append((writer, piece))
+            left = room
+            while queue and left > 0:
+                piece = queue.pop()
+                end = min(piece.stop, piece.start + -(-left // widths[piece.parameter]))
+                if end < piece.stop:
+                    queue.append(replace(piece, start=end))
+                batch.append((writer, replace(piece, stop=end)))
+                left -= max(1, (end - piece.start) * widths[piece.parameter])
         yield batch
 
 
@@ -66,7 +73,9 @@ class Gatherer:
         for name, module in sharded_experts(model):
             self._ep = module.ep_size
             for parameter, p in module.named_parameters():
-                self._experts[f"{name}.{parameter}"] = _Experts(module.num_local_experts, p[0].numel())
+                self._experts[f"{name}.{parameter}"] = _Experts(
+                    module.num_experts, module.num_local_experts, p[0].numel()
+                )
         self._sizes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         mine = {name: (part.start, part.start + part.flat.numel()) for name, part in parts.items()}
         self._spans: list[dict[str, tuple[int, int]]] = broadcast_object(gather_objects(mine, group), group)
@@ -83,7 +92,13 @@ class Gatherer:
         return position, local * experts.size + piece.start, local * experts.size + piece.stop
 
     def _sources(self, writer: int, piece: Piece) -> list[tuple[int, int, int]]:
-        """(rank, first, end) of the stretches that make up the piece, each from the holder nearest to the writer."""
+        """(rank, first, end) of the stretches that make up the piece, each from the holder nearest to the writer.
+
+        None of a piece that belongs to no expert (LongCat): it is never read, and written as 0.
+        """
+        experts = self._experts.get(piece.parameter)
+        if experts is not None and piece.expert is not None and piece.expert >= experts.num_experts:
+            return []
         position, at, end = self._place(piece)
         ranks = [r for r in range(len(self._spans)) if position is None or r % self._ep == position]
         ranks.sort(key=lambda r: (r != writer, r // self._ep != writer // self._ep, r))
@@ -103,43 +118,38 @@ class Gatherer:
 
     @torch.no_grad()
     def gather(self, batch: Sequence[tuple[int, Piece]]) -> list[Tensor]:
-        """The bytes of those pieces that this rank writes, in order, on CPU; collective."""
+        """The bytes of those pieces that this rank writes, in order, on CPU; collective. Valid until the next call."""
         outgoing: list[list[Tensor]] = [[] for _ in range(size(self._group))]
-        plan: list[list[tuple[int, int]]] = []
-        incoming = [0] * size(self._group)
+        found: list[Tensor] = []
+        expected: list[tuple[int, Tensor]] = []
         for writer, piece in batch:
             width = self._parts[piece.parameter].flat.element_size()
             sources = self._sources(writer, piece)
+            if writer == self._rank and [rank for rank, _, _ in sources] == [writer]:
+                found.append(self._own(piece, *sources[0][1:]).cpu())  # what stays here is neither sent nor copied
+                continue
             if writer == self._rank:
-                plan.append([(rank, (end - first) * width) for rank, first, end in sources])
-                for rank, count in plan[-1]:
-                    incoming[rank] += count
+                found.append(torch.zeros((piece.stop - piece.start) * width, dtype=torch.uint8))
+                sizes = [(end - first) * width for _, first, end in sources]
+                expected += [(r, x) for (r, _, _), x in zip(sources, found[-1].split(sizes) if sizes else [])]
             for rank, first, end in sources:
                 if rank == self._rank:
                     outgoing[writer].append(self._own(piece, first, end))
-        received = self._exchange(outgoing, incoming)
-        found = []
-        for stretches in plan:
-            taken = []
-            for rank, count in stretches:
-                taken.append(received[rank][:count])
-                received[rank] = received[rank][count:]
-            found.append(torch.cat(taken) if len(taken) != 1 else taken[0].contiguous())
+        self._exchange(outgoing, expected)
         return found
 
-    def _exchange(self, outgoing: list[list[Tensor]], incoming: list[int]) -> list[Tensor]:
-        """By rank, the bytes that it sent to this one, on CPU."""
-        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
+    def _exchange(self, outgoing: list[list[Tensor]], expected: list[tuple[int, Tensor]]) -> None:
+        """Each of the expected tensors holds what its rank sent for it. outgoing: by rank, what is sent to it."""
         if self._group is None:
-            return [torch.cat([nothing, *outgoing[0]]).cpu()]
-        kept = torch.cat([nothing, *outgoing[self._rank]]).cpu()  # what stays here is not sent
-        outgoing[self._rank] = []
+            return
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
         sizes = [sum(x.numel() for x in parts) for parts in outgoing]
         sent = torch.cat([nothing, *(x.to(self._device) for parts in outgoing for x in parts)])
         promised = exchange_row_counts(sizes, sent.numel(), self._group, self._device)
-        expected = [0 if rank == self._rank else count for rank, count in enumerate(incoming)]
-        if promised != expected:
-            raise RuntimeError(f"ranks send {promised} bytes of weights, expected {expected}")
+        counts = [sum(x.numel() for rank, x in expected if rank == r) for r in range(len(sizes))]
+        if promised != counts:
+            raise RuntimeError(f"ranks send {promised} bytes of weights, expected {counts}")
         received = list(all_to_all_rows(sent, sizes, promised, self._group).cpu().split(promised))
-        received[self._rank] = kept
-        return received
+        for rank, x in expected:
+            x.copy_(received[rank][: x.numel()])
+            received[rank] = received[rank][x.numel() :]

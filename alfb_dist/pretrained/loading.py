@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import build_glob_alternation
 
 from alfb_dist.agreement import agreed
 from alfb_dist.collectives import Group, group_rank, world_group
 from alfb_dist.families import moe_blocks
 from alfb_dist.moe import sharded_experts
-from alfb_dist.pretrained.folder import SIDECAR, choose_dtype, meta_model, read_config, read_generation_config
-from alfb_dist.pretrained.names import is_bias
-from alfb_dist.pretrained.source import Source, open_folder
-from alfb_dist.pretrained.weights import Weights
+from alfb_dist.pretrained.folder import (
+    SIDECAR,
+    choose_dtype,
+    meta_model,
+    read_config,
+    read_generation_config,
+    read_sidecar,
+)
+from alfb_dist.pretrained.names import float32_names, is_bias
+from alfb_dist.pretrained.source import open_folder
+from alfb_dist.pretrained.weights import FolderWeights, ModelWeights
 from alfb_dist.sharding import parallelize
 
 
@@ -46,20 +52,19 @@ def from_pretrained(
     agreed(lambda: _read_common(model, weights, dtype), group, ValueError)
     parallelize(model, ep_degree=ep_degree, **options)
     agreed(lambda: _read_experts(model, weights), group, ValueError)
-    if (folder / SIDECAR).is_file():
-        agreed(lambda: _read_sidecar(model, folder / SIDECAR), group, ValueError)
+    agreed(lambda: put_biases(model, read_sidecar(folder), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
 
 
-def _open(folder: Path, dtype: Any, attn_implementation: str | None) -> tuple[Any, Weights, torch.dtype]:
+def _open(folder: Path, dtype: Any, attn_implementation: str | None) -> tuple[Any, FolderWeights, torch.dtype]:
     """The model without memory and what it will be filled from; everything is checked that headers can tell."""
     source = open_folder(folder)
     config, block = read_config(folder)
     dtype = choose_dtype(dtype, config, source)
     model = meta_model(config, dtype, attn_implementation)
-    weights = Weights(source, model, block)
+    weights = FolderWeights(source, model, block)
     if unequal := weights.unequal_tied(model.all_tied_weights_keys):
         raise ValueError(
             f"{unequal[0]} is tied by the configuration, but has values of its own in {folder}: "
@@ -86,29 +91,22 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _float32_names(model: Any, dtype: torch.dtype) -> Any:
-    """Whether a tensor of a name is float32 whatever the type of the model: biases, and what the family says."""
-    plan = model._get_dtype_plan(dtype)
-    family = build_glob_alternation(list(plan))[0] if plan else None
-    return lambda name: is_bias(name) or (family is not None and family.search(name) is not None)
-
-
 @torch.no_grad()
-def _read_common(model: Any, weights: Weights, dtype: torch.dtype) -> None:
+def _read_common(model: Any, weights: ModelWeights, dtype: torch.dtype) -> None:
     """All of the model but its experts is in memory, as the folder has it or transformers initialises it."""
     experts = tuple(f"{block.name}.experts." for block in moe_blocks(model))
-    float32 = _float32_names(model, dtype)
+    float32 = float32_names(model, dtype)
     read = []
     for name, meta in list(_tensors(model)):
-        if name in weights.origins:
+        if name in weights.names:
             meta._is_hf_initialized = True  # type: ignore[attr-defined]  # so transformers leaves it alone
         if name.startswith(experts):
             continue
-        kept = torch.float32 if meta.is_floating_point() and float32(name) else meta.dtype
+        kept = torch.float32 if meta.is_floating_point() and name in float32 else meta.dtype
         _put(model, name, torch.empty(meta.shape, dtype=kept))
         placed = model.get_parameter_or_buffer(name)
-        placed._is_hf_initialized = name in weights.origins
-        if name in weights.origins:
+        placed._is_hf_initialized = name in weights.names
+        if name in weights.names:
             read.append((name, placed))
     model.initialize_weights()  # of what no file has: buffers that are computed
     model.tie_weights()
@@ -117,7 +115,7 @@ def _read_common(model: Any, weights: Weights, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _read_experts(model: Any, weights: Weights) -> None:
+def _read_experts(model: Any, weights: ModelWeights) -> None:
     """What was still without memory has it: this rank's part of experts that are sharded, the whole of others."""
     first = {}
     for name, module in sharded_experts(model):
@@ -130,15 +128,16 @@ def _read_experts(model: Any, weights: Weights) -> None:
             _put(model, name, local)
 
 
-def _read_sidecar(model: Any, path: Path) -> None:
-    source = Source([path])
+@torch.no_grad()
+def put_biases(model: nn.Module, given: dict[str, Tensor], where: Path) -> None:
+    """The model's biases of these names have these values. ValueError, naming the file, if they are not the model's."""
     biases = {name: x for name, x in model.state_dict(keep_vars=True).items() if is_bias(name)}
-    if unknown := sorted(source.tensors.keys() - biases.keys()):
-        raise ValueError(f"{path} has {unknown[0]}, which is no selection bias of {type(model).__name__}")
-    for name, stored in source.tensors.items():
-        if stored.shape != tuple(biases[name].shape):
-            raise ValueError(f"{name} is {stored.shape} in {path} and {tuple(biases[name].shape)} in the model")
-        biases[name].data.copy_(source.read(name))
+    if unknown := sorted(given.keys() - biases.keys()):
+        raise ValueError(f"{where} has {unknown[0]}, which is no selection bias of {type(model).__name__}")
+    for name, bias in given.items():
+        if bias.shape != biases[name].shape:
+            raise ValueError(f"{name} is {tuple(bias.shape)} in {where} and {tuple(biases[name].shape)} in the model")
+        biases[name].data.copy_(bias)
 
 
 def rounded(bias: Tensor, dtype: torch.dtype) -> bool:
@@ -151,8 +150,8 @@ def rounded(bias: Tensor, dtype: torch.dtype) -> bool:
     return len(values.unique()) > 2 and torch.equal(values, values.bfloat16().float())
 
 
-def _warn_of_rounding(model: Any, weights: Weights, group: Group) -> None:
-    names = [n for n in weights.origins if is_bias(n)]
+def _warn_of_rounding(model: Any, weights: ModelWeights, group: Group) -> None:
+    names = [n for n in weights.names if is_bias(n)]
     found = [n for n in names if rounded(model.get_parameter_or_buffer(n), weights.dtype(n))]
     if found and group_rank(group) == 0:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""

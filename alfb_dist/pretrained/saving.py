@@ -13,12 +13,12 @@ from torch import Tensor
 
 from alfb_dist.agreement import agreed
 from alfb_dist.checkpoint import files, optimizer
-from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
 from alfb_dist.collectives import Group, barrier, group_rank, size, world_group
 from alfb_dist.moe import sharded_experts
-from alfb_dist.pretrained.folder import SIDECAR, write_small_files
+from alfb_dist.pretrained.folder import SIDECAR, write_sidecar, write_small_files
 from alfb_dist.pretrained.gathering import Gatherer, Part, batches
-from alfb_dist.pretrained.names import is_bias, plan_outputs
+from alfb_dist.pretrained.names import is_bias
+from alfb_dist.pretrained.outputs import plan_outputs
 from alfb_dist.pretrained.writing import (
     MAX_SHARD_BYTES,
     Shard,
@@ -134,13 +134,11 @@ def _write(plan: _Plan, folder: Path, group: Group) -> Exception | None:
     device = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
     gatherer = Gatherer(plan.model, plan.parts, group, device)
     widths = {name: part.flat.element_size() for name, part in plan.parts.items()}
-    waiting: list[list[tuple[Any, int]]] = [[] for _ in range(world)]
-    for i, shard in enumerate(plan.shards):
-        waiting[i % world] += [(p, (p.stop - p.start) * widths[p.parameter]) for p in shard.pieces]
+    waiting = [[piece for shard in plan.shards[i::world] for piece in shard.pieces] for i in range(world)]
     mine = iter(plan.shards[rank::world])
     file: ShardFile | None = None
     failure: Exception | None = None
-    for batch in batches(waiting):
+    for batch in batches(waiting, widths):
         for data in gatherer.gather(batch):
             if failure is not None:
                 continue
@@ -169,10 +167,7 @@ def _finish(plan: _Plan, path: Path, tmp: Path) -> None:
     origin = Path(plan.model.name_or_path) if plan.model.name_or_path else None
     write_small_files(tmp, plan.model, plan.dtype, origin)
     if plan.homeless:
-        writer = SafetensorsWriter(tmp / SIDECAR, [Entry(n, "F32", tuple(x.shape)) for n, x in plan.homeless.items()])
-        for name, bias in plan.homeless.items():
-            writer.put(name, bias)
-        writer.finish()
+        write_sidecar(tmp, plan.homeless)
         warnings.warn(
             f"the selection biases are in {path / SIDECAR}, which transformers does not read: it routes without them",
             stacklevel=6,

@@ -24,6 +24,8 @@ _DTYPES = {
     name: (getattr(torch, torch_name.removeprefix("torch.")), width) for name, (torch_name, width) in DTYPES.items()
 }
 _DTYPES |= {"F8_E4M3": (torch.float8_e4m3fn, 1), "F8_E8M0": (torch.float8_e8m0fnu, 1)}
+BLOCK_BYTES = 4 << 20
+"""How much of a tensor is read at once where it has to be cast; one row may be more."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -50,42 +52,64 @@ class Stored:
 class Source:
     """The tensors of some safetensors files by name.
 
-    `bytes_read` counts what was read of tensors so far; `largest_read` is the most that was read at once.
+    `bytes_read` counts what was read of tensors so far.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Reads the headers. ValueError naming the file if one is not whole, or holds a tensor that another has too."""
         self.tensors: dict[str, Stored] = {}
-        self.bytes_read = self.largest_read = 0
+        self.bytes_read = 0
         for path in paths:
             found = _header(path)
             if twice := sorted(found.keys() & self.tensors.keys()):
                 raise ValueError(f"{twice[0]} is in {self.tensors[twice[0]].path.name} and again in {path.name}")
             self.tensors |= found
 
+    def read_into(self, destination: Tensor, name: str, first: int = 0) -> None:
+        """The destination (contiguous, of the file's type) holds the rows of a tensor from `first` on.
+
+        ValueError if the file ends early.
+        """
+        stored = self.tensors[name]
+        memory: Any = destination.view(-1).view(torch.uint8).numpy()
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.start + first * stored.row_bytes)
+            view, done = memoryview(memory), 0
+            while done < view.nbytes:
+                count = file.readinto(view[done : done + (1 << 30)])
+                if not count:
+                    raise ValueError(f"{stored.path} ends within {name}")
+                done += count
+        self.bytes_read += done
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start to stop of a tensor, in the file's type: a new tensor. ValueError if the file ends early."""
         stored = self.tensors[name]
-        size = (stop - start) * stored.row_bytes
-        data = torch.empty(size, dtype=torch.uint8)
-        memory: Any = data.numpy()
-        if size:
-            with open(stored.path, "rb", buffering=0) as file:
-                file.seek(stored.start + start * stored.row_bytes)
-                view, done = memoryview(memory), 0
-                while done < size:
-                    count = file.readinto(view[done : done + (1 << 30)])
-                    if not count:
-                        raise ValueError(f"{stored.path} ends within {name}")
-                    done += count
-        self.bytes_read += size
-        self.largest_read = max(self.largest_read, size)
-        return data.view(stored.dtype).view(stop - start, *stored.shape[1:])
+        read = torch.empty(stop - start, *stored.shape[1:], dtype=stored.dtype)
+        self.read_into(read, name, start)
+        return read
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, in the file's type."""
         shape = self.tensors[name].shape
         return self.rows(name, 0, shape[0] if shape else 1).view(shape)
+
+    def copy_rows(self, destination: Tensor, name: str, first: int = 0) -> None:
+        """The destination, contiguous, holds the rows of a tensor from `first` on, cast to its own type."""
+        stored = self.tensors[name]
+        if destination.dtype == stored.dtype:
+            self.read_into(destination, name, first)
+            return
+        rows = destination if destination.dim() else destination.view(1)
+        step = rows_at_once(stored)
+        for start in range(0, len(rows), step):
+            stop = min(start + step, len(rows))
+            rows[start:stop].copy_(self.rows(name, first + start, first + stop))
+
+
+def rows_at_once(stored: Stored) -> int:
+    """How many rows of a tensor are read at once where they have to be cast."""
+    return max(1, BLOCK_BYTES // max(1, stored.row_bytes))
 
 
 def _header(path: Path) -> dict[str, Stored]:

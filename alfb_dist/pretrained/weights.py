@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from alfb_dist.pretrained.fp8 import FLOAT8, SUFFIX, dequantized, scale_shape, scales_of
-from alfb_dist.pretrained.names import Origin, find_origins
-from alfb_dist.pretrained.source import Source
-
-BLOCK_BYTES = 16 << 20
-"""How much of a tensor is read at once; one row, or one row of blocks, may be more."""
+from alfb_dist.pretrained.origins import Origin, find_origins
+from alfb_dist.pretrained.source import Source, rows_at_once
 
 
-class Weights:
-    """The tensors of a model in a folder. Making one reads no tensor.
+class ModelWeights(Protocol):
+    """The tensors of a model under its own names, wherever they are stored."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Those of the model's tensors that are there."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in; of its first part, if it is stored in parts."""
+
+    def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
+        """The destination, contiguous, holds the rows of a tensor from `first` on, cast to its own type."""
+
+
+class FolderWeights:
+    """The tensors of a model in a transformers folder. Making one reads no tensor.
 
     ValueError, naming tensors, if some are missing, too many or mis-shaped, or 8-bit weights have no fitting scales.
     """
@@ -44,32 +55,45 @@ class Weights:
         if (found := self.source.tensors[scale].shape) != expected:
             raise ValueError(f"{scale} is {found}; blocks of {self._block} in {stored.shape} need {expected}")
 
+    @property
+    def names(self) -> Collection[str]:
+        """Those of the model's tensors that are there."""
+        return self.origins.keys()
+
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a model's tensor in the folder; of its first part, if it lies there expert by expert."""
+        """The type of a model's tensor in the folder; of its first part, if it lies there in parts."""
         return self.source.tensors[self.origins[name].names()[0]].dtype
 
     def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
-        """The destination, contiguous, holds the rows of a model's tensor from `first` on, cast to its own type."""
+        """The destination, contiguous, holds the rows of a model's tensor from `first` on, cast to its own type.
+
+        Rows of experts that the folder need not have are 0.
+        """
         origin = self.origins[name]
         if origin.whole is not None:
             self._fill_rows(destination, origin.whole, first)
             return
-        for expert, parts in zip(destination, origin.experts[first : first + len(destination)]):
-            for part, part_name in zip(expert.chunk(len(parts)), parts):
+        targets = list(destination) if origin.stacked else [destination]
+        for target, parts in zip(targets, origin.parts[first : first + len(targets)], strict=True):
+            if not parts:
+                target.zero_()
+                continue
+            for part, part_name in zip(target.chunk(len(parts)), parts):
                 self._fill_rows(part, part_name, 0)
 
     def _fill_rows(self, destination: Tensor, name: str, first: int) -> None:
         stored = self.source.tensors[name]
-        rows = destination if destination.dim() else destination.view(1)
-        step = max(1, BLOCK_BYTES // max(1, stored.row_bytes))
-        if stored.dtype == FLOAT8 and len(stored.shape) == 2:
+        if stored.dtype != FLOAT8:
+            self.source.copy_rows(destination, name, first)
+            return
+        step = rows_at_once(stored)
+        if len(stored.shape) == 2:
             step = max(1, step // self._block[0]) * self._block[0]
-        for start in range(0, len(rows), step):
-            stop = min(start + step, len(rows))
+        for start in range(0, len(destination), step):
+            stop = min(start + step, len(destination))
             read = self.source.rows(name, first + start, first + stop)
-            if stored.dtype == FLOAT8:
-                read = dequantized(read, self._scale(name, first + start, first + stop), self._block)
-            rows[start:stop].copy_(read)
+            scale = self._scale(name, first + start, first + stop)
+            destination[start:stop].copy_(dequantized(read, scale, self._block))
 
     def _scale(self, name: str, start: int, stop: int) -> Tensor:
         """The scales of these rows of an 8-bit weight."""
@@ -92,6 +116,6 @@ class Weights:
         stored, other = self.source.tensors[a], self.source.tensors[b]
         if stored.shape != other.shape or stored.dtype != other.dtype:
             return False
-        num_rows, step = (stored.shape or (1,))[0], max(1, BLOCK_BYTES // max(1, stored.row_bytes))
+        num_rows, step = (stored.shape or (1,))[0], rows_at_once(stored)
         blocks = [(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
         return all(torch.equal(self.source.rows(a, *x), self.source.rows(b, *x)) for x in blocks)

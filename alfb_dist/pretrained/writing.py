@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alfb_dist.checkpoint import files
 from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, header_bytes, tensor_bytes
-from alfb_dist.pretrained.names import Output, Piece
+from alfb_dist.pretrained.outputs import Output, Piece
 from alfb_dist.pretrained.source import INDEX, WEIGHTS
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -66,24 +66,25 @@ def _divisor(size: int) -> int:
 
 
 class ShardFile:
-    """A file that takes its pieces one by one, in order. OSErrors name the path and how far it got."""
+    """A file that takes its values stretch by stretch, in order. OSErrors name the path and how far it got."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         entries = [entry for _, entry in shard.outputs]
         header = header_bytes(entries, {"format": "pt"})  # transformers asks for the format
         self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
-        self._waiting = len(shard.pieces)
         self._file.write(header)
-        if not self._waiting:
-            self._file.finish()
+        self._finish_if_whole()
 
-    def put(self, piece: Tensor) -> bool:
-        """The piece, contiguous on CPU, stands in the file; whether that was the last one and the file is finished."""
-        self._file.write(tensor_bytes(piece))
-        self._waiting -= 1
-        if not self._waiting:
+    def put(self, values: Tensor) -> bool:
+        """The values, contiguous on CPU, stand in the file; whether those were the last and the file is finished."""
+        self._file.write(tensor_bytes(values))
+        return self._finish_if_whole()
+
+    def _finish_if_whole(self) -> bool:
+        whole = self._file.written == self._file.size
+        if whole:
             self._file.finish()
-        return not self._waiting
+        return whole
 
     def close(self) -> None:
         """The file is closed, whole or not."""

@@ -1,0 +1,82 @@
+"""A model's tensors as they lie in a checkpoint of a run, under the model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist.checkpoint import manifest, verify
+from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of
+from alfb_dist.pretrained.source import Source
+
+
+class CheckpointWeights:
+    """The tensors of a model in a checkpoint (a folder step-XXXXXXXX). Making one verifies every byte.
+
+    ValueError, naming file or tensor, if the checkpoint is damaged or of another model.
+    """
+
+    def __init__(self, checkpoint: Path, template: Any) -> None:
+        if problems := verify(checkpoint):
+            raise ValueError(problems[0])
+        names = manifest.read(checkpoint)["files"]
+        self._source = Source(checkpoint / name for name in names if name.endswith(".safetensors"))
+        self._experts = expert_counts(template)
+        self._shapes = shapes_of(template)
+        for name, shape in self._shapes.items():
+            for key in self._keys(name):
+                self._check(checkpoint, key, shape[1:] if name in self._experts else shape)
+        self.homeless = self._homeless()
+        """Selection biases, other than 0, for which the family has no place."""
+
+    def _check(self, checkpoint: Path, key: str, shape: tuple[int, ...]) -> None:
+        stored = self._source.tensors.get(key)
+        if stored is None:
+            raise ValueError(f"{checkpoint} has no {key}: it is of another model than the configuration")
+        if torch.Size(stored.shape).numel() != torch.Size(shape).numel():
+            raise ValueError(f"{key} is {stored.shape} in {checkpoint} and {shape} by the configuration")
+
+    def _key(self, name: str) -> str:
+        kinds = ("bias",) if is_bias(name) else ("weight", "buffer")
+        return next(
+            (k for k in (f"{kind}/{name}" for kind in kinds) if k in self._source.tensors), f"{kinds[0]}/{name}"
+        )
+
+    def _keys(self, name: str) -> list[str]:
+        if name not in self._experts:
+            return [self._key(name)]
+        return [f"weight/{name}/{e}" for e in range(self._experts[name])]
+
+    def _homeless(self) -> dict[str, Tensor]:
+        keys = [key for key in self._source.tensors if key.startswith("bias/")]
+        extra = [key for key in keys if key.removeprefix("bias/") not in self._shapes]
+        found = {key.removeprefix("bias/"): self._source.read(key) for key in extra}
+        return {name: bias for name, bias in found.items() if bool(bias.any())}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The model's tensors; all are there."""
+        return self._shapes.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in."""
+        return self._source.tensors[self._keys(name)[0]].dtype
+
+    def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
+        """The destination, contiguous, holds the rows of a tensor from `first` on, cast to its own type.
+
+        Rows that belong to no expert are 0.
+        """
+        if name not in self._experts:
+            key = self._key(name)
+            self._source.copy_rows(destination.view(self._source.tensors[key].shape), key)
+            return
+        for expert, row in enumerate(destination, first):
+            if expert < self._experts[name]:
+                self._source.copy_rows(row, f"weight/{name}/{expert}")
+            else:
+                row.zero_()

@@ -1,0 +1,158 @@
+"""Where each tensor of a model lies in a folder, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import core_model_loading as conversions
+
+from alfb_dist.pretrained.names import Shape, expert_counts, family_tables, is_known, plain, some, stacks
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's tensor lies in files: whole, or as the names of what its rows consist of.
+
+    parts: of each expert the names, for an expert that the folder need not have none; of a tensor that is no experts'
+    one list. stacked: whether it is experts'.
+    """
+
+    whole: str | None
+    parts: tuple[tuple[str, ...], ...] = ()
+    stacked: bool = True
+
+    def names(self) -> list[str]:
+        """Every name."""
+        return [n for parts in self.parts for n in parts] if self.whole is None else [self.whole]
+
+
+@dataclass
+class _Parts:
+    """The names that are parts of a tensor, by (expert, which of its rows), and the patterns that say so."""
+
+    converter: Any
+    known: dict[tuple[int, int], str]
+
+    def origin(self, target: str, rows: int, num_experts: int) -> tuple[Origin, list[str], list[str]]:
+        """The origin, and the names of what is missing and of what is too much. rows: of the model's tensor."""
+        patterns, missing, found = self.converter.source_patterns, [], []
+        stacked = stacks(self.converter)
+        for e in range(rows if stacked else 1):
+            names = [self.known.get((e, i), "") for i in range(len(patterns))]
+            if e >= num_experts and not any(names):
+                names = []
+            for pattern, name in zip(patterns, names):
+                if not name:
+                    part = plain(pattern).replace("*", str(e))
+                    missing.append(target.replace(self.converter.target_patterns[0], part))
+            found.append(tuple(names))
+        extra = [name for (e, _), name in self.known.items() if e >= rows]
+        return Origin(None, tuple(found), stacked), missing, extra
+
+
+class _Found:
+    """The names of a folder, sorted to the tensors of a model."""
+
+    def __init__(self, template: Any) -> None:
+        self.model = template
+        self.shapes = {name: tuple(x.shape) for name, x in template.state_dict().items()}
+        self.renamings, self.converters = family_tables(template, legacy=True)
+        self.wholes: dict[str, str] = {}
+        self.parts: dict[str, _Parts] = {}
+        self.extra: list[str] = []
+
+    def sort(self, name: str) -> None:
+        """The name stands where it belongs. ValueError if two names mean the same tensor."""
+        prefix = self.model.base_model_prefix
+        target, pattern = conversions.rename_source_key(name, self.renamings, self.converters, prefix, self.shapes)
+        if target not in self.shapes and name in self.shapes:
+            target, pattern = name, None
+        if target not in self.shapes:
+            self.extra.append(name)
+        elif pattern is None:
+            if target in self.wholes:
+                raise ValueError(f"{name} and {self.wholes[target]} are both {target}")
+            self.wholes[target] = name
+        else:
+            self._sort_part(target, pattern, name)
+
+    def _sort_part(self, target: str, pattern: str, name: str) -> None:
+        converter = next(c for c in self.converters if pattern in c.source_patterns)
+        if not is_known(converter):
+            raise ValueError(f"{name}: {type(self.model).__name__} needs a conversion that is not supported")
+        expert = 0
+        if stacks(converter):
+            number = re.search(pattern.replace("*", r"(\d+)"), conversions.apply_renamings(name, self.renamings))
+            assert number is not None
+            expert = int(number[1])
+        place = expert, converter.source_patterns.index(pattern)
+        known = self.parts.setdefault(target, _Parts(converter, {})).known
+        if place in known:
+            raise ValueError(f"{name} and {known[place]} are the same part of {target}")
+        known[place] = name
+
+    def origins(self) -> tuple[dict[str, Origin], list[str]]:
+        """Each tensor's origin, and the names of what is missing."""
+        found, missing, counts = {}, [], expert_counts(self.model)
+        for target, shape in self.shapes.items():
+            if target in self.wholes:
+                found[target] = Origin(self.wholes[target])
+                self.extra += self.parts[target].known.values() if target in self.parts else ()
+            elif target in self.parts:
+                rows = shape[0]
+                found[target], lacking, extra = self.parts[target].origin(target, rows, counts.get(target, rows))
+                missing += lacking
+                self.extra += extra
+            else:
+                missing.append(target)
+        return found, missing
+
+
+def _ignored(template: Any, names: list[str], kind: str) -> set[str]:
+    """Those of the names that the family says may be `kind`: missing or unexpected."""
+    patterns = list(getattr(template, f"_keys_to_ignore_on_load_{kind}", None) or [])
+    if kind == "unexpected":
+        patterns += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]  # buffers that old files carry along
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def find_origins(template: Any, tensors: Mapping[str, Shape]) -> dict[str, Origin]:
+    """Where each of the model's tensors lies among tensors of these names and shapes.
+
+    Of tied tensors, only the source is in the result, unless both are there. Tensors that the family may do without
+    can be absent. ValueError naming all that is missing, all that is too much, or all whose shape is another.
+    """
+    sorted_names = _Found(template)
+    for name in sorted(tensors, key=conversions.dot_natural_key):
+        sorted_names.sort(name)
+    found, missing = sorted_names.origins()
+    for target, source in template.all_tied_weights_keys.items():
+        if source not in found and target in found:
+            found[source] = found.pop(target)
+        missing = [name for name in missing if name not in (target, source) or source not in found]
+    missing = sorted(set(missing) - _ignored(template, missing, "missing"))
+    extra = sorted(set(sorted_names.extra) - _ignored(template, sorted_names.extra, "unexpected"))
+    if missing or extra:
+        parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]
+        raise ValueError(f"these are not the tensors of {type(template).__name__}: the folder {'; it '.join(parts)}")
+    wrong = [
+        line for target, origin in found.items() for line in _misfits(sorted_names.shapes[target], origin, tensors)
+    ]
+    if wrong:
+        raise ValueError(f"tensors do not fit {type(template).__name__}: {some(wrong)}")
+    return found
+
+
+def _misfits(shape: Shape, origin: Origin, tensors: Mapping[str, Shape]) -> list[str]:
+    if origin.whole is not None:
+        there = tuple(tensors[origin.whole])
+        return [] if there == shape else [f"{origin.whole} is {there} in the folder and {shape} in the model"]
+    rows, *rest = shape[1:] if origin.stacked else shape
+    found = []
+    for parts in origin.parts:
+        each = (rows // max(1, len(parts)), *rest)
+        found += [f"{n} is {tensors[n]} in the folder and {each} in the model" for n in parts if tensors[n] != each]
+    return found
