@@ -20,6 +20,7 @@ from alfb_dist.ds_config import derive_ds_config, lr_schedule
 from alfb_dist.engine import initialize, quiet
 from alfb_dist.families import moe_blocks
 from alfb_dist.model import build_model, count_parameters, parameter_groups, transformers_config
+from alfb_dist.pretrained.importing import RELEASED
 from alfb_dist.report import NullReporter, Reporter, open_reporter
 from alfb_dist.run_folder import changed_settings, describe_run, last_run_folder, new_run_folder, write_config
 from alfb_dist.topology import init_distributed
@@ -81,9 +82,11 @@ def start(config: Config) -> Run:
     )
     run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter())
     _resume(run)
-    if config.model.path and balance.mode == "auto":
+    released = config.model.path or run.summary.get(RELEASED)
+    if released and balance.mode == "auto":
+        balancer.modes = ["freeze"] * len(balancer.modes)
         run.notes.append(
-            f'the biases of {config.model.path} stay as released (balance.mode = "auto"); '
+            f'the biases of {released} stay as released (balance.mode = "auto"); '
             "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
         )
     agreed(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
@@ -142,7 +145,16 @@ def _resume(run: Run) -> None:
         state = checkpoint.load(run.engine, run.balancer, path)
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
         run.notes.append(f"resumed from {path.name}")
+        if run.first_step == 0 and RELEASED in run.summary:
+            _start_released(run)
+            return
         run.notes += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
+
+
+def _start_released(run: Run) -> None:
+    """The run is at the start of a released model that was made its step 0: `recentre` happens now."""
+    state = run.balancer.state_dict()
+    run.balancer.load_state_dict({**state, "bias_LE": run.balancer._started(state["bias_LE"])})
 
 
 def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:

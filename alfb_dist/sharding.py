@@ -20,8 +20,9 @@ from alfb_dist.topology import make_grid
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _check(model: nn.Module, blocks: list[MoEBlock], ep_degree: int) -> None:
-    family = type(model).__name__
+def check_parallelizable(model: nn.Module, ep_degree: int) -> list[MoEBlock]:
+    """The model's MoE blocks; ValueError if `parallelize` cannot shard them so. The model may be without memory."""
+    family, blocks = type(model).__name__, list(moe_blocks(model))
     if sharded_experts(model):
         raise ValueError(f"this {family} is parallelised already")
     check_done(model)
@@ -38,6 +39,7 @@ def _check(model: nn.Module, blocks: list[MoEBlock], ep_degree: int) -> None:
             raise ValueError(
                 f"num_experts ({block.num_experts}) of {block.name} must be divisible by ep_degree ({ep_degree})"
             )
+    return blocks
 
 
 def _check_experts(block: MoEBlock, seen: set[Any]) -> None:
@@ -157,8 +159,7 @@ def parallelize(
     timeout_seconds: of every exchange in the groups made here.
     Raises ValueError before any collective: no supported MoE block, sizes that do not divide, or already parallelised.
     """
-    blocks = list(moe_blocks(model))
-    _check(model, blocks, ep_degree)
+    blocks = check_parallelizable(model, ep_degree)
     if min(sequence_loss_alpha, batch_loss_alpha) < 0:
         raise ValueError(f"loss coefficients must be >= 0, got {sequence_loss_alpha} and {batch_loss_alpha}")
     if max_rows != 0 and max_rows < ep_degree:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_runs import refusal
 from ranks import run_ranks
-from tiny import random_biases, set_biases, tiny_batch, tiny_model
+from tiny import biases, random_biases, set_biases, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ from alfb_dist import train as loop
 from alfb_dist.cli import main
 from alfb_dist.config import Config, ConfigError, load_config
 from alfb_dist.engine import quiet
-from alfb_dist.pretrained import source
+from alfb_dist.pretrained import from_hf, source
 
 TOML = """
 [run]
@@ -93,6 +93,44 @@ def test_run_from_a_folder_is_to_the_bit_the_run_of_the_whole_model(tmp_path: Pa
     assert (steps, num_parameters) == told(tmp_path / "runs" / "whole")
     assert num_parameters == sum(p.numel() for p in model.parameters())
     assert steps[1]["loss"] != steps[0]["loss"] and steps[0]["bias_range"] > 0
+
+
+def resumed(folder: Path, *settings: str) -> None:
+    loop.train(load_config(folder / "on.toml", [*settings, "run.resume=true"], world_size=dist.get_world_size()))
+
+
+def test_run_from_an_imported_checkpoint_is_to_the_bit_the_run_from_its_folder(tmp_path: Path) -> None:
+    released(tmp_path)
+    from_hf(tmp_path / "released", tmp_path / "runs" / "imported")
+    run_ranks(2, trained, tmp_path, "direct", False, folder=tmp_path)
+    run_ranks(2, resumed, tmp_path, "run.name='imported'", folder=tmp_path)
+    assert told(tmp_path / "runs" / "imported") == told(tmp_path / "runs" / "direct")
+    saves = [p.name for p in sorted((tmp_path / "runs" / "imported" / "checkpoints").glob("step-*"))]
+    assert saves == ["step-00000000", "step-00000002"]
+
+
+def start_imported(folder: Path, mode: str) -> tuple[list[str], Tensor, list[str]]:
+    run = runs.start(load_config(folder / "new.toml", ["run.resume=true", f"balance.mode='{mode}'"], world_size=2))
+    return run.balancer.modes, run.balancer.bias_LE, run.notes
+
+
+def test_imported_biases_freeze_unless_a_mode_is_named_and_are_recentred_if_asked(tmp_path: Path) -> None:
+    """Also where the configuration names the model's sizes, and not the folder."""
+    model: Any = released(tmp_path)
+    from_hf(tmp_path / "released", tmp_path / "runs" / "on")
+    derived = ("qk_head_dim", "head_dim")
+    sizes = {k: v for k, v in model.config.to_diff_dict().items() if type(v) in (int, float) and k not in derived}
+    table = "\n".join(f"{key} = {value}" for key, value in sizes.items())
+    by_sizes = f'family = "deepseek_v3"\n[model.config]\n{table}'
+    toml = (tmp_path / "on.toml").read_text().replace(f'path = "{tmp_path}/released"', by_sizes)
+    (tmp_path / "new.toml").write_text(toml)
+    raw_LE = biases(model)
+    for modes, bias_LE, notes in run_ranks(2, start_imported, tmp_path, "auto", folder=tmp_path):
+        assert modes == ["freeze"] * 2 and torch.equal(bias_LE, raw_LE)
+        assert any("stay as released" in note for note in notes) and not any("changed since" in n for n in notes)
+    for modes, bias_LE, _ in run_ranks(2, start_imported, tmp_path, "recentre", folder=tmp_path):
+        centred_LE = (raw_LE.double() - raw_LE.double().mean(-1, keepdim=True)).float()
+        assert modes == ["recentre"] * 2 and torch.equal(bias_LE, centred_LE)
 
 
 def sizes_of_start(folder: Path) -> tuple[int, int]:

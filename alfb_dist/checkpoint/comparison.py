@@ -55,9 +55,14 @@ def _compare_tensors(engine: Any, balancer: Balancer, saved: Mapping[str, Mappin
 
 
 def compare(engine: Any, balancer: Balancer, manifest: Manifest, small: Mapping[str, Any]) -> None:
-    """Nothing, or ValueError saying in what the save does not fit and what was expected; reads no tensor."""
+    """Nothing, or ValueError saying in what the save does not fit and what was expected; reads no tensor.
+
+    A save of weights alone, made of a released model, has no optimizer to compare.
+    """
     _compare_experts(manifest["experts"], tensors.num_experts(engine.module))
     _compare_tensors(engine, balancer, manifest["tensors"])
+    if small["optimizer"] is None:
+        return
     names = {id(p): name for name, p in engine.module.named_parameters()}
     here, there = type(optimizer.base_optimizer(engine)).__name__, small["optimizer"]["name"]
     if here != there:

@@ -92,7 +92,7 @@ def _steps(numbers: dict[str, Any]) -> float:
 def _fill(engine: Any, reader: Reader, small: dict[str, Any]) -> None:
     """Master weights and optimizer states on this rank are those of the save."""
     held = optimizer.held(engine)
-    kinds, numbers = saved_kinds(reader.tensors), small["optimizer"]["numbers"]
+    kinds, numbers = saved_kinds(reader.tensors), (small["optimizer"] or {}).get("numbers", {})
     states: dict[int, dict[str, Tensor]] = {}
     sharing: dict[int, list[str]] = {}
     for name, part in held.items():
@@ -126,6 +126,8 @@ def _set_balance(engine: Any, balancer: Balancer, reader: Reader, num_steps: int
 
 
 def _set_counters(engine: Any, small: dict[str, Any]) -> None:
+    if small["optimizer"] is None:
+        return  # weights alone: the optimizer and its schedule start anew
     for name in COUNTERS:
         setattr(engine, name, small["counters"][name])
     if engine.micro_steps % engine.gradient_accumulation_steps():
@@ -155,7 +157,7 @@ def _set_random(state: dict[str, Any] | None, path: Path, manifest: manifests.Ma
         rng.restore(state)
         return
     rng.seed(manifest["step"], rank, size(group))
-    if rank == 0:
+    if rank == 0 and saved:
         log.warning("%s was saved by %d ranks, not %d: random states are seeded anew", path, saved, size(group))
 
 
@@ -165,6 +167,7 @@ def load(engine: Any, balancer: Balancer, path: Path) -> dict[str, Any]:
     On as many ranks, with the same EP degree and ZeRO stage, it goes on bit for bit as it would have. At another EP
     degree, world size or ZeRO stage weights, moments and biases are the same bit for bit, and random states are seeded
     anew if the number of ranks differs. Settings of the optimizer (the learning rate among them) are the saved ones.
+    A save of weights alone, made of a released model, leaves the optimizer and its schedule at their start.
     Raises ValueError on every rank alike, before anything is changed, naming file or tensor: the save is damaged or not
     finished, or it is of another model, optimizer or scheduler, or this is amid an optimizer step.
     """

@@ -25,6 +25,30 @@ _BLANK = b"0" * 32
 Manifest = dict[str, Any]
 
 
+def make(
+    *,
+    step: int,
+    topology: Mapping[str, int],
+    config_hash: str | None,
+    versions: Mapping[str, str],
+    files: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    num_experts: Mapping[str, int],
+) -> Manifest:
+    """The body of a manifest. files, tensors: their entries by name. num_experts: {layer's experts: number}."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "topology": dict(topology),
+        "config_hash": config_hash,
+        "versions": dict(versions),
+        "files": dict(files),
+        "tensors": dict(tensors),
+        "experts": fingerprints(tensors, num_experts),
+    }
+
+
 def to_json(value: Any) -> str:
     """The value as compact JSON."""
     return json.dumps(value, separators=(",", ":"))

@@ -80,7 +80,8 @@ def between_steps(balancer: Balancer) -> None:
         raise ValueError("save and load between optimizer steps, after balancer.step(), which has not seen all loads")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that a save depends on."""
     names = ("torch", "deepspeed", "transformers")
     return {"alfb_dist": alfb_dist.__version__, **{name: importlib.metadata.version(name) for name in names}}
 
@@ -95,21 +96,20 @@ def _body(engine: Any, step: int, state: dict[str, Any], shares: list[Any]) -> d
     if len(written) != sum(len(share_tensors) for _, share_tensors in shares):
         raise RuntimeError("two ranks wrote the same tensor")
     model = engine.module
-    return {
-        "format": manifest.FORMAT,
-        "version": manifest.VERSION,
-        "step": step,
-        "topology": {
-            "world_size": len(shares),
-            "ep_degree": tensors.ep_degree(model),
-            "zero_stage": engine.zero_optimization_stage(),
-        },
-        "config_hash": state.get("config_hash"),
-        "versions": _versions(),
-        "files": written_files,
-        "tensors": written,
-        "experts": manifest.fingerprints(written, tensors.num_experts(model)),
+    topology = {
+        "world_size": len(shares),
+        "ep_degree": tensors.ep_degree(model),
+        "zero_stage": engine.zero_optimization_stage(),
     }
+    return manifest.make(
+        step=step,
+        topology=topology,
+        config_hash=state.get("config_hash"),
+        versions=versions(),
+        files=written_files,
+        tensors=written,
+        num_experts=tensors.num_experts(model),
+    )
 
 
 def _publish(path: Path, engine: Any, step: int, state: dict[str, Any], shares: list[Any]) -> bool:

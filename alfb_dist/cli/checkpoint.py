@@ -1,60 +1,250 @@
-"""`alfb checkpoint`: look into checkpoints, check them, turn them into other forms."""
+"""`alfb checkpoint`: look into checkpoints and transformers folders, check them, turn them into each other."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from alfb_dist.cli.launcher import Subcommands
 from alfb_dist.stop import DONE
 
+if TYPE_CHECKING:
+    from alfb_dist.config.tables import ModelConfig
+
+CHECKPOINT = "such as runs/demo/checkpoints/step-00000200"
+EITHER = "a checkpoint, such as runs/demo/checkpoints/step-00000200, or a transformers folder"
+
 
 def add(commands: Subcommands) -> None:
     """The command and its options."""
-    saves = commands.add_parser("checkpoint", help="look into checkpoints").add_subparsers(
+    actions = commands.add_parser("checkpoint", help="look into checkpoints, check and convert them").add_subparsers(
         required=True, metavar="ACTION"
     )
-    for name, text in (("inspect", "what a checkpoint holds"), ("verify", "whether a checkpoint is undamaged")):
-        action = saves.add_parser(name, help=text)
-        action.add_argument("path", type=Path, help="a folder such as runs/demo/checkpoints/step-00000200")
-        action.set_defaults(run=_inspect if name == "inspect" else _verify)
-    export = saves.add_parser("to-hf", help="write a checkpoint as a folder that transformers loads; one process")
-    export.add_argument("path", type=Path, metavar="CHECKPOINT", help="such as runs/demo/checkpoints/step-00000200")
+    inspect = actions.add_parser("inspect", help="what a checkpoint or a transformers folder holds")
+    inspect.add_argument("path", type=Path, help=EITHER)
+    inspect.set_defaults(run=_inspect)
+    verify = actions.add_parser("verify", help="whether it is undamaged, or computes the same as another")
+    verify.add_argument("path", type=Path, help=EITHER)
+    verify.add_argument("--against", type=Path, metavar="OTHER", help="compare logits and biases with these; " + EITHER)
+    verify.add_argument(
+        "--tokens",
+        default="256",
+        metavar="N|FILE",
+        help="on N random tokens, on those of a file of numbers, or on the first 256 of a token file (default: 256)",
+    )
+    verify.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference of logits that passes (default: 0, every bit)"
+    )
+    verify.add_argument("--config", type=Path, help="of checkpoints, the run's config.json (default: beside them)")
+    verify.set_defaults(run=_verify)
+    _add_conversions(actions)
+
+
+def _add_conversions(actions: Subcommands) -> None:
+    export = actions.add_parser("to-hf", help="write a checkpoint as a folder that transformers loads; one process")
+    export.add_argument("path", type=Path, metavar="CHECKPOINT", help=CHECKPOINT)
     export.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     export.add_argument("--config", type=Path, help="the run's config.json (default: the one in the run's folder)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: that of the run)")
+    export.add_argument("--bias-sidecar", action="store_true", help="biases without a place go to a file of their own")
     export.set_defaults(run=_to_hf)
+    start = actions.add_parser("from-hf", help="make a run folder that goes on from a released model; one process")
+    start.add_argument("path", type=Path, metavar="FOLDER", help="a transformers folder")
+    start.add_argument("out", type=Path, metavar="RUN", help="a new run folder, such as runs/mine")
+    start.set_defaults(run=_from_hf)
+    reshard = actions.add_parser("reshard", help="change the layout of a transformers folder; one process")
+    reshard.add_argument("path", type=Path, help=EITHER)
+    reshard.add_argument("out", type=Path, nargs="?", metavar="OUT", help="a new folder; not for checkpoints")
+    reshard.add_argument("--ep", type=int, default=1, metavar="N", help="the ep_degree that it will be loaded with")
+    reshard.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="of a file (default: 5e9)")
+    for parser in (export, reshard):
+        parser.add_argument(
+            "--layout",
+            choices=("auto", "fused", "per_expert"),
+            default="auto",
+            help="of the experts: as in the model, as on the hub, or as transformers would write it (default)",
+        )
+    reshard.set_defaults(run=_reshard)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    from alfb_dist.checkpoint.manifest import NAME
+
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    return (path / NAME).is_file() or not (path / "config.json").is_file()
+
+
+def _model_of_run(checkpoint: Path, file: Path | None) -> ModelConfig:
+    """The [model] table of the run that a checkpoint is of. file: the run's config.json, if it is not beside it."""
+    import json
+
+    from alfb_dist.config.tables import ModelConfig
+
+    file = file or checkpoint.resolve().parent.parent / "config.json"
+    try:
+        return ModelConfig.model_validate(json.loads(file.read_text())["config"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} tells of no model ({error}): give the run's config.json with --config") from error
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from alfb_dist.checkpoint import describe
+    if _is_checkpoint(arguments.path):
+        from alfb_dist.checkpoint import describe
 
-    for name, value in describe(arguments.path).items():
+        found = describe(arguments.path)
+    else:
+        from alfb_dist.pretrained import describe_folder
+
+        found = describe_folder(arguments.path)
+    for name, value in found.items():
         print(f"{name}: {value}")
     return DONE
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    import json
-
     import torch
-    from transformers import AutoConfig
 
+    from alfb_dist.model import transformers_config
     from alfb_dist.pretrained import to_hf
 
-    file = arguments.config or arguments.path.resolve().parent.parent / "config.json"
-    model = json.loads(file.read_text())["config"]["model"]
-    if model["path"]:
-        config = AutoConfig.from_pretrained(model["path"], trust_remote_code=False, local_files_only=True)
-    else:
-        config = AutoConfig.for_model(model["family"], **model["config"])
-    to_hf(arguments.path, arguments.out, config, dtype=getattr(torch, model["dtype"]))
+    model = _model_of_run(arguments.path, arguments.config)
+    to_hf(
+        arguments.path,
+        arguments.out,
+        transformers_config(model),
+        dtype=getattr(torch, arguments.dtype or model.dtype),
+        layout=arguments.layout,
+        bias_sidecar=arguments.bias_sidecar,
+        origin=Path(model.path) if model.path else None,
+    )
     print(arguments.out)
     return DONE
 
 
+def _from_hf(arguments: argparse.Namespace) -> int:
+    from alfb_dist.pretrained import from_hf
+
+    print(from_hf(arguments.path, arguments.out))
+    run = f"--set run.folder={arguments.out.parent} --set run.name={arguments.out.name} --set run.resume=true"
+    print(f"go on with: alfb train CONFIG {run}")
+    return DONE
+
+
+def _reshard(arguments: argparse.Namespace) -> int:
+    checkpoint = _is_checkpoint(arguments.path)
+    if checkpoint:
+        _check_undamaged(arguments.path)
+    elif arguments.out is None:
+        raise ValueError("give OUT, the folder to write")
+    for layer, count in _expert_counts(arguments.path, checkpoint).items():
+        if arguments.ep < 1 or count % arguments.ep:
+            raise ValueError(f"num_experts ({count}) of {layer} must be divisible by --ep ({arguments.ep})")
+    if checkpoint:
+        print(f"{arguments.path}: undamaged; it loads at ep_degree {arguments.ep} as it is, nothing was written")
+        return DONE
+    from alfb_dist.pretrained import relayout
+
+    relayout(arguments.path, arguments.out, layout=arguments.layout, max_shard_bytes=arguments.max_shard_bytes)
+    print(arguments.out)
+    return DONE
+
+
+def _expert_counts(path: Path, checkpoint: bool) -> dict[str, int]:
+    if checkpoint:
+        from alfb_dist.checkpoint import describe
+
+        found: dict[str, int] = describe(path)["num_experts"]
+    else:
+        from alfb_dist.pretrained import describe_folder
+
+        found = describe_folder(path)["experts"]
+    return found
+
+
+def _check_undamaged(checkpoint: Path) -> None:
+    from alfb_dist.checkpoint import verify
+
+    if problems := verify(checkpoint):
+        raise ValueError("; ".join(problems))
+
+
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.against is not None:
+        return _compare(arguments)
+    if not _is_checkpoint(arguments.path):
+        from alfb_dist.pretrained import describe_folder
+
+        found = describe_folder(arguments.path)
+        print(f"{arguments.path}: all {found['tensors']} tensors of {found['model']} are there (it has no hashes)")
+        return DONE
     from alfb_dist.checkpoint import verify
 
     problems = verify(arguments.path)
     print("\n".join(problems) if problems else f"{arguments.path}: undamaged")
     return 1 if problems else DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from alfb_dist.pretrained.logits import compare
+
+    paths = (arguments.path, arguments.against)
+    configs = [_transformers_config(path, arguments.config) for path in paths]
+    ids_T = _tokens(arguments.tokens, configs[0].get_text_config().vocab_size)
+    found = compare([partial(_read_model, path, config) for path, config in zip(paths, configs)], ids_T)
+    table = Table("what", "how much", title=f"{arguments.against} against {arguments.path}")
+    table.add_row("positions", str(found.positions))
+    table.add_row("largest difference of a logit", f"{found.max_logit_difference:.6g}")
+    table.add_row("logits equal to the last bit", "yes" if found.same_bits else "no")
+    table.add_row("positions with the same likeliest token", f"{found.same_best} of {found.positions}")
+    table.add_row("largest difference of a bias", f"{found.max_bias_difference:.6g}")
+    Console().print(table)
+    same = found.within(arguments.tolerance)
+    limit = f"within {arguments.tolerance:g}" if arguments.tolerance else "to the last bit"
+    print(f"{'the same' if same else 'not the same'} {limit}, biases {'included' if same else 'and all'}")
+    return DONE if same else 1
+
+
+def _transformers_config(path: Path, file: Path | None) -> Any:
+    from alfb_dist.model import transformers_config
+    from alfb_dist.pretrained import read_config
+
+    return transformers_config(_model_of_run(path, file)) if _is_checkpoint(path) else read_config(path)[0]
+
+
+def _read_model(path: Path, config: Any) -> Any:
+    from alfb_dist.pretrained.logits import read_checkpoint, read_folder
+
+    return read_checkpoint(path, config) if _is_checkpoint(path) else read_folder(path)
+
+
+def _tokens(given: str, vocab_size: int) -> Any:
+    """The tokens of --tokens: int64 (T,)."""
+    import torch
+
+    from alfb_dist.data import TokenFile
+    from alfb_dist.data.token_file import MAGIC
+    from alfb_dist.pretrained.logits import random_tokens
+
+    if given.isdecimal() and int(given) > 0:
+        return random_tokens(int(given), vocab_size)
+    path = Path(given)
+    if not path.is_file():
+        raise ValueError(f"--tokens ({given}) must be a number above 0, or a file")
+    with open(path, "rb") as file:
+        known = file.read(len(MAGIC)) == MAGIC
+    if known:
+        with TokenFile(path) as tokens:
+            return torch.from_numpy(tokens.tokens(0, min(256, tokens.num_tokens)).astype("int64"))
+    try:
+        ids = [int(word) for word in path.read_text().replace(",", " ").strip(" []\n").split()]
+    except ValueError as error:
+        raise ValueError(f"--tokens ({given}) must hold token ids: {error}") from error
+    if not ids or min(ids) < 0:
+        raise ValueError(f"--tokens ({given}) must hold token ids of 0 or more")
+    return torch.tensor(ids)

@@ -1,4 +1,4 @@
-"""Models in transformers' form: read by ranks that hold a part each, and written again.
+"""Models in transformers' form: read by ranks that hold a part each, written again, and converted.
 
 A folder has config.json and safetensors files. Nothing is fetched from a network, and nothing in it can run code.
 """
@@ -9,17 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "describe_folder": "inspection",
+    "from_hf": "importing",
     "from_pretrained": "loading",
     "meta_model": "folder",
     "read_config": "folder",
+    "relayout": "conversion",
     "save_pretrained": "saving",
     "to_hf": "conversion",
 }
-__all__ = ["from_pretrained", "meta_model", "read_config", "save_pretrained", "to_hf"]
+__all__ = [
+    "describe_folder",
+    "from_hf",
+    "from_pretrained",
+    "meta_model",
+    "read_config",
+    "relayout",
+    "save_pretrained",
+    "to_hf",
+]
 
 if TYPE_CHECKING:
-    from alfb_dist.pretrained.conversion import to_hf
+    from alfb_dist.pretrained.conversion import relayout, to_hf
     from alfb_dist.pretrained.folder import meta_model, read_config
+    from alfb_dist.pretrained.importing import from_hf
+    from alfb_dist.pretrained.inspection import describe_folder
     from alfb_dist.pretrained.loading import from_pretrained
     from alfb_dist.pretrained.saving import save_pretrained
 

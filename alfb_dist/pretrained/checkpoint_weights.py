@@ -73,7 +73,8 @@ class CheckpointWeights:
         """
         if name not in self._experts:
             key = self._key(name)
-            self._source.copy_rows(destination.view(self._source.tensors[key].shape), key)
+            flat = is_bias(name)  # (E,) here, whatever its shape in the family
+            self._source.copy_rows(destination.view(-1) if flat else destination, key, first)
             return
         for expert, row in enumerate(destination, first):
             if expert < self._experts[name]:

@@ -15,19 +15,17 @@ from alfb_dist.checkpoint import files
 from alfb_dist.pretrained.checkpoint_weights import CheckpointWeights
 from alfb_dist.pretrained.folder import (
     SIDECAR,
-    choose_dtype,
     meta_model,
-    read_config,
     read_generation_config,
     read_sidecar,
     write_sidecar,
     write_small_files,
 )
 from alfb_dist.pretrained.fp8 import FLOAT8
+from alfb_dist.pretrained.loading import open_model
 from alfb_dist.pretrained.names import expert_counts, float32_names, is_bias, shapes_of
 from alfb_dist.pretrained.outputs import Piece, plan_outputs
-from alfb_dist.pretrained.source import open_folder
-from alfb_dist.pretrained.weights import FolderWeights, ModelWeights
+from alfb_dist.pretrained.weights import ModelWeights
 from alfb_dist.pretrained.writing import MAX_SHARD_BYTES, cut, publish_folder, start_folder, write_index, write_shards
 
 
@@ -73,11 +71,8 @@ def relayout(
     Tensors keep their types, but for biases, which are float32, and 8-bit weights, which are dequantised to the type of
     the configuration. ValueError, before anything is written, where `from_pretrained` would raise one.
     """
-    source = open_folder(folder)
-    config, block = read_config(folder)
-    template = meta_model(config)
-    weights = FolderWeights(source, template, block)
-    config.dtype = choose_dtype(None, config, source)
+    template, weights, dtype = open_model(folder)
+    template.config.dtype = dtype
     sidecar = read_sidecar(folder)
     _write(weights, template, path, None, layout, max_shard_bytes, overwrite, folder, sidecar)
 

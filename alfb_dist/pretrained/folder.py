@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,49 @@ _CARRIED = (
 )
 
 
+def read_values(folder: Path) -> dict[str, Any]:
+    """What config.json says. ValueError if there is none, or it holds no object."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; models are read from local folders, nothing is fetched")
+    values = json.loads((folder / CONFIG).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder / CONFIG} holds no JSON object")
+    return values
+
+
+def foreign_type(values: dict[str, Any]) -> str | None:
+    """transformers' name for a model whose model_type it does not know (kimi_k2), but whose class it has.
+
+    Such a folder brings code of its own, which is not run; its `architectures` say what the model is.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if values.get("model_type") in CONFIG_MAPPING:
+        return None
+    classes = values.get("architectures") or [None]
+    return next((name for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind == classes[0]), None)
+
+
 def read_config(folder: Path) -> tuple[Any, tuple[int, int]]:
     """A folder's configuration, without its quantisation, and the block size of that. ValueError if there is none.
 
     Code that the folder may bring along is not run.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; models are read from local folders, nothing is fetched")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    values = read_values(folder)
+    if (model_type := foreign_type(values)) is not None:
+        config: Any = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+        config._name_or_path = str(folder)
+    elif values.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder}: transformers knows neither the model_type {values.get('model_type')!r} nor the architectures "
+            f"{values.get('architectures')}; code that a folder brings along is not run"
+        )
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     block = block_size(getattr(config, "quantization_config", None))
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -25,7 +25,7 @@ from alfb_dist.pretrained.folder import (
 from alfb_dist.pretrained.names import float32_names, is_bias
 from alfb_dist.pretrained.source import open_folder
 from alfb_dist.pretrained.weights import FolderWeights, ModelWeights
-from alfb_dist.sharding import parallelize
+from alfb_dist.sharding import check_parallelizable, parallelize
 
 
 def from_pretrained(
@@ -48,18 +48,24 @@ def from_pretrained(
     read, naming those that are missing, unknown or mis-shaped; and where `parallelize` does.
     """
     folder, group = Path(path), world_group()
-    model, weights, dtype = agreed(lambda: _open(folder, dtype, attn_implementation), group, ValueError)
-    agreed(lambda: _read_common(model, weights, dtype), group, ValueError)
+    model, weights, dtype = agreed(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
+    agreed(lambda: check_parallelizable(model, ep_degree), group, ValueError)
+    agreed(lambda: read_common(model, weights, dtype), group, ValueError)
     parallelize(model, ep_degree=ep_degree, **options)
-    agreed(lambda: _read_experts(model, weights), group, ValueError)
+    agreed(lambda: read_experts(model, weights), group, ValueError)
     agreed(lambda: put_biases(model, read_sidecar(folder), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
 
 
-def _open(folder: Path, dtype: Any, attn_implementation: str | None) -> tuple[Any, FolderWeights, torch.dtype]:
-    """The model without memory and what it will be filled from; everything is checked that headers can tell."""
+def open_model(
+    folder: Path, dtype: Any = None, attn_implementation: str | None = None
+) -> tuple[Any, FolderWeights, torch.dtype]:
+    """The model without memory and what it will be filled from; everything is checked that headers can tell.
+
+    ValueError for whatever is wrong with the folder.
+    """
     source = open_folder(folder)
     config, block = read_config(folder)
     dtype = choose_dtype(dtype, config, source)
@@ -92,7 +98,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _read_common(model: Any, weights: ModelWeights, dtype: torch.dtype) -> None:
+def read_common(model: Any, weights: ModelWeights, dtype: torch.dtype) -> None:
     """All of the model but its experts is in memory, as the folder has it or transformers initialises it."""
     experts = tuple(f"{block.name}.experts." for block in moe_blocks(model))
     float32 = float32_names(model, dtype)
@@ -115,7 +121,7 @@ def _read_common(model: Any, weights: ModelWeights, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _read_experts(model: Any, weights: ModelWeights) -> None:
+def read_experts(model: Any, weights: ModelWeights) -> None:
     """What was still without memory has it: this rank's part of experts that are sharded, the whole of others."""
     first = {}
     for name, module in sharded_experts(model):
