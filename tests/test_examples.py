@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from alfb_dist.balancer import Balancer
+from alfb_dist.cli import main
 from alfb_dist.config import load_config
 from alfb_dist.engine import quiet, start_without_compiler
 from alfb_dist.run import start
@@ -124,6 +126,16 @@ def test_run_from_a_released_model_leaves_its_biases_and_says_so(
     for notes, modes, bias_LE in ranks(2, go_on, str(tmp_path)):
         assert any("stay as released" in note and "balance.mode" in note for note in notes)
         assert modes == ["freeze"] * 2 and torch.equal(bias_LE, biases(model))
+
+
+def test_commands_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released(tmp_path / "released-model")
+    monkeypatch.chdir(tmp_path)
+    lines = block("Look into models, compare and convert them", "sh").splitlines()
+    for line in lines:
+        program, *words = shlex.split(line, comments=True)
+        assert program == "alfb" and main(words) == 0, line
+    assert len(lines) == 6 and (tmp_path / "trained-model" / "config.json").is_file()
 
 
 # Which tokens count.

@@ -21,15 +21,9 @@ ROOT = PACKAGE.name
 ORDER = """
     stop profiling config topology collectives agreement metrics balance router aux_loss
     arena shared_memory exchange dispatch bounded experts attention
-<<<<<<< HEAD
     recompute choice families trial gate frozen moe sharding mend autoep balancer callback
-    model data ds_config engine checkpoint pretrained
-    report estimate run_folder run train bench doctor cli
-=======
-    families trial gate moe sharding mend autoep balancer callback
     data ds_config engine checkpoint pretrained model
-    report estimate run_folder run train bench cli
->>>>>>> 5f9ea33 (A run from a released folder reads each rank's share only; initialize takes a parallelised model)
+    report estimate run_folder run train bench doctor cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""
 

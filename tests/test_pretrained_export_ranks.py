@@ -55,10 +55,14 @@ def test_masters_are_those_of_the_checkpoint_and_the_model_is_these_rounded(
     engines: Path, tmp_path: Path, stage: int, bf16: bool
 ) -> None:
     here = engines / f"{stage}-{bf16}"
-    to_hf(here / "checkpoints" / "step-00000002", tmp_path / "out", tiny_model(tie_word_embeddings=stage == 1).config)
+    config = tiny_model(tie_word_embeddings=stage == 1).config
+    to_hf(here / "checkpoints" / "step-00000002", tmp_path / "out", config)
     masters, model = loaded(here / "masters"), loaded(here / "model")
     name = "model.safetensors"
     assert (here / "masters" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    to_hf(here / "checkpoints" / "step-00000002", tmp_path / "rounded", config, dtype=dtype)
+    assert (here / "model" / name).read_bytes() == (tmp_path / "rounded" / name).read_bytes()
     assert ("lm_head.weight" in load_file(here / "masters" / name)) == (stage != 1)
     for key, x in masters.items():
         bias = key.endswith("e_score_correction_bias")
