@@ -42,13 +42,18 @@ def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> N
                 )
 
 
-def _check_parallelised(model: nn.Module, ep_degree: int, *alphas: float) -> None:
+def _check_parallelised(model: nn.Module, ep_degree: int, max_rows: int, *alphas: float) -> None:
     """Nothing, or ValueError if the model was parallelised otherwise than is asked for now."""
     for name, experts in sharded_experts(model):
         if experts.ep_size != ep_degree:
             raise ValueError(
                 f"ep_degree ({ep_degree}) must be the one that the model was parallelised with ({experts.ep_size}): "
                 "give the same to both, or parallelise the model anew"
+            )
+        if max_rows not in (0, experts.max_rows):
+            raise ValueError(
+                f"max_rows ({max_rows}) must be the one that the model was parallelised with ({experts.max_rows}): "
+                "give it to from_pretrained or parallelize"
             )
         if experts.grid is None:
             raise ValueError(
@@ -83,8 +88,8 @@ def initialize(
     """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
 
     The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
-    model: one that is parallelised already, as from `from_pretrained`, is taken as it is; ep_degree, and the alphas if
-        given, must be the same. One in evaluation mode is put in training mode: there no gate counts.
+    model: one that is parallelised already, as from `from_pretrained`, is taken as it is; ep_degree, and max_rows
+        and the alphas if given, must be the same. One in evaluation mode is put in training mode: there no gate counts.
     ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2. Steps whose gradients are not finite are skipped,
         with float32 too. On CPU, Adam and AdamW are torch's fused ones.
     model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
@@ -96,7 +101,7 @@ def initialize(
     check_rule(rule, rate(0) if callable(rate) else rate)
     check_mode(mode)
     if sharded_experts(model):
-        _check_parallelised(model, ep_degree, sequence_loss_alpha, batch_loss_alpha)
+        _check_parallelised(model, ep_degree, max_rows, sequence_loss_alpha, batch_loss_alpha)
     else:
         parallelize(
             model,

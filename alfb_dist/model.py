@@ -63,6 +63,7 @@ def _read(config: Config) -> Any:
             attn_implementation=config.model.attention,
             sequence_loss_alpha=config.balance.sequence_loss_alpha,
             batch_loss_alpha=config.balance.batch_loss_alpha,
+            max_rows=config.parallel.max_rows,
             timeout_seconds=config.run.timeout_seconds,
         )
     except ValueError as error:  # the same on every rank

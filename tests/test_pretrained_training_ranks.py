@@ -177,7 +177,8 @@ def initialised(folder: Path) -> tuple[list[str], Tensor, float]:
     warnings.simplefilter("error", UserWarning)  # a model in evaluation mode would bring one
     model = alfb_dist.from_pretrained(folder / "released", ep_degree=2, sequence_loss_alpha=0.25)
     assert not model.training
-    asked: list[dict[str, Any]] = [{"ep_degree": 1}, {"ep_degree": 2, "batch_loss_alpha": 0.5}]
+    others: list[dict[str, Any]] = [{"batch_loss_alpha": 0.5}, {"max_rows": 8}]
+    asked: list[dict[str, Any]] = [{"ep_degree": 1}, *({"ep_degree": 2, **other} for other in others)]
     refusals = [refusal(lambda a=a: alfb_dist.initialize(model, DS_CONFIG, **a)) for a in asked]  # type: ignore[misc]
     engine, balancer = alfb_dist.initialize(model, DS_CONFIG, ep_degree=2)
     engine.backward(engine(**tiny_batch(dist.get_rank(), 1, 6)).loss)
@@ -191,4 +192,5 @@ def test_initialize_takes_a_parallelised_model_as_it_is_and_refuses_another_degr
     for refusals, load_LE, alpha in run_ranks(2, initialised, tmp_path, folder=tmp_path):
         assert "ep_degree (1)" in refusals[0] and "(2)" in refusals[0]
         assert "(0.0, 0.5)" in refusals[1] and "(0.25, 0.0)" in refusals[1]
+        assert "max_rows (8)" in refusals[2]
         assert load_LE.sum(1).tolist() == [2 * 6 * 4] * 2 and alpha == 0.25
