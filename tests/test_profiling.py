@@ -88,6 +88,12 @@ def test_ranges_of_an_evaluation_are_not_the_steps() -> None:
     assert shares["route"].forward_ms == pytest.approx(0.02)
 
 
+def test_a_range_inside_a_backward_is_part_of_the_backward() -> None:
+    shares = {s.name: s for s in where_time_goes([*STEP, mark("exchange", 335, 15, tid=2)], mark_backward(STEP))}
+    assert shares["exchange"] == Share("exchange", 0.0, pytest.approx(0.015))
+    assert shares["experts"].backward_ms == pytest.approx(0.035)
+
+
 def test_kernels_count_for_the_range_that_launched_them() -> None:
     events = [
         mark("ProfilerStep#3", 0, 1000),
