@@ -39,6 +39,7 @@ STEP = [
     event(f"{NODE}SumBackward0", 300, 10, 4, tid=2),
     event(f"{NODE}CopyBackwards", 310, 20, 3, tid=2),
     event(f"{NODE}MLPBackward", 330, 40, 2, tid=2),
+    event("MLPBackward", 332, 30, 2, tid=2),  # what the node runs
     event(f"{NODE}MLPBackward", 372, 8, 2, tid=2),  # a neighbour
     event(f"{NODE}torch::autograd::AccumulateGrad", 380, 50, tid=2),
     event(f"{NODE}MmBackward0", 430, 10, 1, tid=2),
@@ -69,6 +70,15 @@ def test_the_shares_are_own_times_and_add_up_to_the_step() -> None:
     parts = [s.forward_ms + s.backward_ms for name, s in shares.items() if name != "step"]
     assert sum(parts) == pytest.approx(1.0)
     assert shares["other"].forward_ms == pytest.approx(0.75)
+
+
+def test_accumulating_a_gradient_parts_a_range() -> None:
+    late = [
+        event(f"{NODE}torch::autograd::AccumulateGrad", 440, 9, tid=2),
+        event(f"{NODE}TBackward0", 449, 1, 1, tid=2),
+    ]
+    marks = [(m["ts"], m["dur"]) for m in mark_backward([*STEP, *late]) if m["name"] == "route backward"]
+    assert marks == [(430, 10), (449, 1)]
 
 
 def test_two_steps_are_averaged() -> None:
