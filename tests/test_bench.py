@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alfb_dist.bench import contestants, document, launching, memory, timing, worker
-from alfb_dist.bench.contestants import FLOOR, OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
+from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
 from alfb_dist.bench.plot import bars
-from alfb_dist.bench.sizes import Case, scaled
+from alfb_dist.bench.sizes import FLOOR, Case, scaled
 from alfb_dist.bench.tables import case_rows, scaling_rows
 from alfb_dist.cli import bench as command
 from alfb_dist.cli import main
@@ -188,6 +188,20 @@ def test_a_case_is_measured_and_all_agree() -> None:
     assert bars(figures).count("<rect") == 4
     head, rows = scaling_rows([figures, figures], "experts")
     assert head[0] == "experts" and [row[0] for row in rows] == ["8", "8"]
+
+
+def test_what_is_very_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = timing.time_once
+    monkeypatch.setattr(worker, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "time_once", lambda *run: inner(*run) * 0 + 7)
+    figures = worker.measure(SMALL, 0.0, CPU, with_memory=False)
+    assert {name: one["rounds"] for name, one in figures["results"].items()} == {
+        FLOOR: timing.MIN_ROUNDS,
+        OURS: 1,
+        **dict.fromkeys(THEIRS, 1),
+    }
+    assert figures["results"][OURS]["ms"]["median"] == 7000
+    assert scaling_rows([figures], "experts")[1][0][1].startswith("about 7000.00 (x")
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

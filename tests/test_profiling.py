@@ -39,6 +39,7 @@ STEP = [
     event(f"{NODE}SumBackward0", 300, 10, 4, tid=2),
     event(f"{NODE}CopyBackwards", 310, 20, 3, tid=2),
     event(f"{NODE}MLPBackward", 330, 40, 2, tid=2),
+    event("MLPBackward", 332, 30, 2, tid=2),  # what the node runs
     event(f"{NODE}MLPBackward", 372, 8, 2, tid=2),  # a neighbour
     event(f"{NODE}torch::autograd::AccumulateGrad", 380, 50, tid=2),
     event(f"{NODE}MmBackward0", 430, 10, 1, tid=2),
@@ -71,6 +72,15 @@ def test_the_shares_are_own_times_and_add_up_to_the_step() -> None:
     assert shares["other"].forward_ms == pytest.approx(0.75)
 
 
+def test_accumulating_a_gradient_parts_a_range() -> None:
+    late = [
+        event(f"{NODE}torch::autograd::AccumulateGrad", 440, 9, tid=2),
+        event(f"{NODE}TBackward0", 449, 1, 1, tid=2),
+    ]
+    marks = [(m["ts"], m["dur"]) for m in mark_backward([*STEP, *late]) if m["name"] == "route backward"]
+    assert marks == [(430, 10), (449, 1)]
+
+
 def test_two_steps_are_averaged() -> None:
     later = [e | {"ts": e["ts"] + 1000} for e in STEP]
     later[0]["name"] = "ProfilerStep#4"
@@ -86,6 +96,12 @@ def test_ranges_of_an_evaluation_are_not_the_steps() -> None:
     shares = {s.name: s for s in where_time_goes([*STEP, *beside], mark_backward(STEP))}
     assert shares["evaluate"].forward_ms == pytest.approx(0.2)
     assert shares["route"].forward_ms == pytest.approx(0.02)
+
+
+def test_a_range_inside_a_backward_is_part_of_the_backward() -> None:
+    shares = {s.name: s for s in where_time_goes([*STEP, mark("exchange", 335, 15, tid=2)], mark_backward(STEP))}
+    assert shares["exchange"] == Share("exchange", 0.0, pytest.approx(0.015))
+    assert shares["experts"].backward_ms == pytest.approx(0.035)
 
 
 def test_kernels_count_for_the_range_that_launched_them() -> None:

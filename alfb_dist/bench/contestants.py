@@ -14,7 +14,7 @@ from alfb_dist.bench.block import transformers_block
 from alfb_dist.bench.sizes import Case
 from alfb_dist.collectives import group_rank, size, world_group
 
-OURS, FLOOR = "alfb_dist", "products alone"
+OURS = "alfb_dist"
 THEIRS = {"transformers eager": "eager", "transformers grouped_mm": "grouped_mm"}
 """Names, and transformers' names of its expert implementations. On several ranks each holds all experts."""
 

@@ -6,7 +6,8 @@ from html import escape
 
 import numpy as np
 
-from alfb_dist.bench.contestants import FLOOR, OURS
+from alfb_dist.bench.contestants import OURS
+from alfb_dist.bench.sizes import FLOOR
 from alfb_dist.bench.tables import Figures, title
 from alfb_dist.report.chart import Chart, Line, figure, line_chart
 from alfb_dist.report.page import page

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 ROUTINGS = ("balanced", "hot_expert", "hot_rank")
+FLOOR = "products alone"
+"""The contestant that all are compared with: the block's matrix products and nothing else."""
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = {
     "experts": (16, 32, 64, 128, 256, 512),

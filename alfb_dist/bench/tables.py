@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from alfb_dist.bench.sizes import Case
+from alfb_dist.bench.sizes import FLOOR, Case
 from alfb_dist.run_folder import versions
 
 Figures = dict[str, Any]
@@ -30,7 +30,7 @@ def case_rows(figures: Figures) -> list[tuple[str, ...]]:
     found = sorted(figures["results"].items(), key=lambda item: item[1]["ms"]["median"])
     return [
         (
-            name,
+            name if one["rounds"] > 1 else f"{name} (once)",
             shown(one["ms"]),
             shown(one["ratio"]),
             f"{one['kept_bytes_per_row']:.0f}" if "kept_bytes_per_row" in one else "",
@@ -42,12 +42,14 @@ def case_rows(figures: Figures) -> list[tuple[str, ...]]:
 
 def scaling_rows(all_figures: list[Figures], axis: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(head, rows): a row for each value of the axis, with each contestant's milliseconds and its ratio."""
-    names = list(all_figures[0]["results"])
+    names = [*(name for name in all_figures[0]["results"] if name != FLOOR), FLOOR]
     rows = []
     for figures in all_figures:
         found = [figures["results"][name] for name in names]
         cells = [
-            f"{one['ms']['median']:.2f}" + ("" if name == names[-1] else f" (x{one['ratio']['median']:.2f})")
+            ("about " if one["rounds"] == 1 else "")
+            + f"{one['ms']['median']:.2f}"
+            + ("" if name == FLOOR else f" (x{one['ratio']['median']:.2f})")
             for name, one in zip(names, found)
         ]
         rows.append((str(figures["case"][axis]), *cells))

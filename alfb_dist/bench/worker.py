@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alfb_dist.bench import memory
-from alfb_dist.bench.contestants import FLOOR, OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
-from alfb_dist.bench.sizes import Case
-from alfb_dist.bench.timing import in_turn, summary
+from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
+from alfb_dist.bench.sizes import FLOOR, Case
+from alfb_dist.bench.timing import in_turn, summary, time_once
 from alfb_dist.collectives import all_max, group_rank, world_group
 from alfb_dist.topology import init_distributed, leave
 
@@ -23,11 +23,21 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 """Largest difference of output and of the tokens' gradient from transformers' eager block, as a share of the norm."""
 
 
-def _output_and_gradient(run: Run, x: Tensor) -> list[Tensor]:
-    out = run.forward()
-    run.backward(out)
+SLOW_SECONDS = 5.0
+"""A contestant whose first forward and backward take longer, and longer than a case's time, is not run again."""
+
+
+def _first(run: Run, x: Tensor, device: torch.device) -> tuple[float, list[Tensor]]:
+    """(seconds on the slowest rank, output and gradient) of a first forward and backward; collective."""
+    kept: list[Tensor] = []
+
+    def backward(out: Tensor) -> None:
+        run.backward(out)
+        kept.append(out.detach().clone())
+
+    seconds = time_once(Run(run.forward, backward), world_group(), device)
     assert x.grad is not None
-    return [out.detach().clone(), x.grad.clone()]
+    return seconds, [kept[0], x.grad.clone()]
 
 
 def _difference(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -36,8 +46,15 @@ def _difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return float(all_max(torch.tensor(shares, dtype=torch.float64, device=got[0].device), world_group()).max())
 
 
-def measure(case: Case, seconds: float, device: torch.device) -> dict[str, Any]:
-    """The case's figures, by contestant; collective. RuntimeError if ours computes something else than transformers."""
+def _memory(run: Run, block: nn.Module, rows: int, device: torch.device) -> dict[str, float]:
+    """The most that any rank keeps and has allocated; collective."""
+    found = torch.tensor([memory.kept_bytes(run, block.parameters()), memory.peak_bytes(run)], device=device)
+    kept, peak = all_max(found, world_group()).tolist()
+    return {"kept_bytes_per_row": kept / rows, "peak_bytes": peak}
+
+
+def measure(case: Case, seconds: float, device: torch.device, *, with_memory: bool = True) -> dict[str, Any]:
+    """The case's figures, by contestant; collective. RuntimeError if one computes something else than the first."""
     group = world_group()
     weights = make_weights(case)
     options: Any = {"device": device, "dtype": getattr(torch, case.dtype)}
@@ -45,18 +62,21 @@ def measure(case: Case, seconds: float, device: torch.device) -> dict[str, Any]:
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(**options)
     blocks = {name: build(name, case, weights, device) for name in (*THEIRS, OURS)}
     runs = {name: run_of(block, x, grad) for name, block in blocks.items()}
-    results = {name: _output_and_gradient(run, x) for name, run in runs.items()}
-    expected, found = results["transformers eager"], {}
+    first = {name: _first(run, x, device) for name, run in runs.items()}
+    slow = [name for name, (took, _) in first.items() if took > max(seconds, SLOW_SECONDS)]
+    expected, found = first["transformers eager"][1], {FLOOR: dict[str, Any]()}
     for name, block in blocks.items():
-        difference = _difference(results[name], expected)
+        difference = _difference(first[name][1], expected)
         if not difference <= TOLERANCE[case.dtype]:
             raise RuntimeError(f"{name} differs from transformers' eager block by {difference:.1e} of the norm")
-        kept, peak = memory.kept_bytes(runs[name], block.parameters()), memory.peak_bytes(runs[name])
-        most = all_max(torch.tensor([kept, peak], device=device), group).tolist()
-        found[name] = {"kept_bytes_per_row": most[0] / case.rows, "peak_bytes": most[1], "difference": difference}
-    taken = in_turn({FLOOR: products(case, device), **runs}, seconds, group, device)
-    for name in taken:
-        found[name] = found.get(name, {}) | summary(taken[name], taken[FLOOR])
+        measured = with_memory and name not in slow
+        found[name] = _memory(runs[name], block, case.rows, device) if measured else {}
+        found[name]["difference"] = difference
+    quick = {name: run for name, run in runs.items() if name not in slow}
+    taken = in_turn({FLOOR: products(case, device), **quick}, seconds, group, device)
+    taken |= {name: [first[name][0]] for name in slow}
+    for name in (*runs, FLOOR):
+        found[name] |= summary(taken[name], taken[FLOOR])
     return {"case": asdict(case), "threads": torch.get_num_threads(), "results": found}
 
 
@@ -65,7 +85,7 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     device = init_distributed()
     for fields in job["cases"]:
-        figures = measure(Case(**fields), job["seconds"], device)
+        figures = measure(Case(**fields), job["seconds"], device, with_memory=job["with_memory"])
         gc.collect()
         if group_rank(world_group()) == 0:
             with Path(job["out"]).open("a") as file:

@@ -90,7 +90,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from alfb_dist.bench.tables import machine
 
     console = Console(highlight=False)
-    figures = measure(cases, arguments.seconds, console.print)
+    figures = measure(cases, arguments.seconds, console.print, with_memory=arguments.scaling is None)
     _show(console, figures, arguments.scaling)
     console.print(machine())
     if arguments.out is not None:

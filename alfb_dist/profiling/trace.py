@@ -16,7 +16,7 @@ Event = dict[str, Any]
 
 BESIDE = ("evaluate", "checkpoint")
 """What may come between two training steps. Ranges inside these are not counted."""
-RANGES = ("data", "route", "dispatch", "experts", "combine", "shared", "optimizer", "bias", *BESIDE)
+RANGES = ("data", "route", "dispatch", "exchange", "experts", "combine", "shared", "optimizer", "bias", *BESIDE)
 """The ranges of a training step, in the order in which they come."""
 STEP = "ProfilerStep#"
 _NODE = "autograd::engine::evaluate_function: "
@@ -86,7 +86,7 @@ def mark_backward(events: list[Event]) -> list[Event]:
 
 
 def _own_time(ranges: list[Event]) -> dict[str, float]:
-    """Microseconds in each range by name, without those in a range inside it."""
+    """Microseconds in each range by name, without those in a range inside it. What a backward calls is backward."""
     spent: dict[str, float] = defaultdict(float)
     open_ranges: dict[Any, list[Event]] = defaultdict(list)
     for event in ranges:
@@ -95,6 +95,8 @@ def _own_time(ranges: list[Event]) -> dict[str, float]:
             stack.pop()
         if stack:
             spent[stack[-1]["name"]] -= event["dur"]
+            if stack[-1]["name"].endswith(" backward"):
+                event = event | {"name": f"{event['name'].removesuffix(' backward')} backward"}
         spent[event["name"]] += event["dur"]
         stack.append(event)
     return spent
