@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from alfb_dist import shared_memory
 from alfb_dist.collectives import all_gather_numbers, all_to_all_bytes, exchange_notes
+from alfb_dist.profiling import span
 from alfb_dist.shared_memory import Outbox, Outboxes, Peer
 
 ALIGNMENT = 64  # bytes, of each tensor in a message
@@ -99,6 +100,12 @@ class Exchange:
         Returns by rank a tensor for each of `rows` (for this one: of no rows), to be read before the next swap; and the
         rows by rank. Raises RuntimeError on every rank if one of them has counts that do not add up.
         """
+        with span("exchange"):
+            return self._swap(rows, send_counts, receive_counts)
+
+    def _swap(
+        self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None
+    ) -> tuple[list[list[Tensor]], list[int]]:
         like, device = [source for source, _ in rows], rows[0][0].device
         if self._peers is None:
             self._peers, self._by_memory, self._all_by_memory = _meet(self._group, device)
