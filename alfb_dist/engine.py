@@ -74,6 +74,16 @@ def _check_parallelised(
             )
 
 
+def _make_ready(model: nn.Module, timeout_seconds: float, **shards: Any) -> None:
+    """The model is parallelised, if it was not already, and in training mode."""
+    if sharded_experts(model):
+        _check_parallelised(model, **shards)
+    else:
+        parallelize(model, timeout_seconds=timeout_seconds, **shards)
+    if not model.training:
+        model.train()
+
+
 def initialize(
     model: nn.Module,
     ds_config: dict[str, Any] | str | Path,
@@ -122,12 +132,7 @@ def initialize(
     check_rule(joined["rule"], joined["rate"](0) if callable(joined["rate"]) else joined["rate"])
     check_mode(joined["mode"])
     shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha", "max_rows")}
-    if sharded_experts(model):
-        _check_parallelised(model, **shards)
-    else:
-        parallelize(model, timeout_seconds=timeout_seconds, **shards)
-    if not model.training:
-        model.train()
+    _make_ready(model, timeout_seconds, **shards)
     if callable(model_parameters):
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))

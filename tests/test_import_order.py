@@ -22,7 +22,7 @@ ORDER = """
     stop profiling lifeline launcher network config placement topology collectives peers agreement metrics balance
     router aux_loss arena shared_memory exchange dispatch bounded experts attention
     recompute choice families trial gate frozen moe sharding mend autoep balancer
-    model data ds_config engine checkpoint pretrained callback
+    data ds_config engine checkpoint pretrained model callback
     report estimate run_folder preflight run train bench launching doctor cli
 """.split()
 """The files and folders of the package, from left to right. A new one takes its place here."""

@@ -49,7 +49,7 @@ class Play:
         """The ranks are there: what was printed up to then."""
         assert self.process.stdout
         lines = []
-        while sum("resume=" in line for line in lines) < RANKS:
+        while sum(line.count("resume=") for line in lines) < RANKS:  # two ranks may share a line
             lines.append(self.process.stdout.readline())
             assert lines[-1], "".join(lines)
         return "".join(lines)
