@@ -25,7 +25,6 @@ def nothing_kept() -> Iterator[None]:
 
 
 def free_bytes() -> int:
-    gc.collect()
     return sum(len(block) for block in arena._free)
 
 
