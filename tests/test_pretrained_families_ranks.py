@@ -6,6 +6,7 @@ import json
 import struct
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,34 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, random_biases, tiny_batch, tiny_config
 from tiny import set_biases as set_tiny_biases
-from tiny_families import batch, family_model, set_biases
+from tiny_families import batch, biases, family_model, set_biases
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 import alfb_dist
-from alfb_dist.pretrained import from_hf, to_hf
+from alfb_dist import Balancer, parallelize
+from alfb_dist.pretrained import describe_folder, from_hf, relayout, to_hf
+from alfb_dist.pretrained.logits import read_folder
 
 FAMILIES = {
+    "aria_text": "no bias, experts transposed, fused under names of their own, a gate named router",
+    "cohere2_moe": "no bias, tied embeddings",
     "deepseek_v3": "bias in the gate, experts gate_proj, up_proj, down_proj",
     "deepseek_v4": "a table of ids among the buffers, layers whose experts stay whole, names by patterns",
     "ernie4_5_moe": "bias (1, E) in a part of the gate, tied embeddings",
+    "gemma4_text": "no bias, gate and experts in the layer beside its MLP, a scale of each expert, buffers of layers",
+    "gpt_oss": "no bias, experts with biases of their own",
+    "granitemoe": "no bias, fused under names of their own",
     "kimi_linear": "convolutions joined of three tensors",
     "lfm2_moe": "bias in the block, tied embeddings",
+    "llama4_text": "no bias, another name of the whole model",
     "longcat_flash": "rows that belong to no expert",
     "minimax_m2": "bias in the block, experts w1, w2, w3 under another name",
     "nemotron_h": "experts without a gate projection, another name of the whole model",
-    "qwen3_moe": "no bias",
+    "qwen3_moe": "no bias, experts gate_proj, up_proj, down_proj",
 }
+FUSED = {"cohere2_moe", "deepseek_v3", "ernie4_5_moe", "lfm2_moe", "minimax_m2"}
+"""Families that are read fused first; the others under the names of their releases."""
 INTERLEAVED = "inkling2_text"
 """A family whose names for single experts hold rows in another order: refused, or written fused."""
 
@@ -50,10 +61,10 @@ def export(folder: Path, families: list[str], ep_degree: int) -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FAMILIES, written by transformers, read on two ranks and written again."""
     folder = tmp_path_factory.mktemp("families")
-    for i, family in enumerate(FAMILIES):
+    for family in FAMILIES:
         model: Any = family_model(family, 3)
         set_biases(model, 5)
-        model.save_pretrained(folder / family / "source", save_original_format=bool(i % 2))
+        model.save_pretrained(folder / family / "source", save_original_format=family not in FUSED)
     run_ranks(2, export, folder, list(FAMILIES), 2, folder=folder)
     return folder
 
@@ -139,6 +150,74 @@ def test_folder_needs_no_names_for_rows_that_belong_to_no_expert(tmp_path: Path)
     del kept["model.layers.0.mlp.experts.7.up_proj.weight"]
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert "experts.7.up_proj" in refusal(lambda: alfb_dist.from_pretrained(tmp_path, ep_degree=1))
+
+
+ADDED = ["aria_text", "gemma4_text", "gpt_oss", "granitemoe", "llama4_text", "qwen3_moe"]
+RELEASED = {"aria_text": "mlp.experts.fc1.weight", "granitemoe": "block_sparse_moe.input_linear.weight"}
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_names_of_releases_are_read_and_written(exported: Path, family: str) -> None:
+    for form in ("source", "auto"):
+        names = {name for name, *_ in entries(exported / family / form)}
+        assert f"model.layers.1.{RELEASED[family]}" in names and not any("gate_up_proj" in name for name in names)
+
+
+def bias_names(model: Any) -> list[str]:
+    return [name for name in model.state_dict() if name.endswith("selection_bias")]
+
+
+def add_biases(folder: Path, ep_degree: int) -> dict[str, tuple[list[str], list[Tensor], Tensor]]:
+    """Of each family the names and values of its added biases, and its logits, after a round through two folders."""
+    warnings.simplefilter("ignore")
+    seen = {}
+    for family in ADDED:
+        model = alfb_dist.from_pretrained(folder / family / "fused", ep_degree=ep_degree)
+        set_biases(model, 6)
+        assert "no place" in refusal(partial(alfb_dist.save_pretrained, model, folder / family / "x"))
+        alfb_dist.save_pretrained(model, folder / family / f"biased-{ep_degree}", bias_sidecar=True)
+        again = alfb_dist.from_pretrained(folder / family / f"biased-{ep_degree}", ep_degree=ep_degree)
+        seen[family] = bias_names(again), biases(again), logits(again)
+        assert torch.equal(logits(model), logits(again))
+    return seen
+
+
+@pytest.mark.parametrize("ep_degree", [1, 2])
+def test_added_biases_go_through_their_sidecar_in_float32(exported: Path, ep_degree: int) -> None:
+    for by_family in run_ranks(ep_degree, add_biases, exported, ep_degree, folder=exported):
+        for family, (names, found, seen) in by_family.items():
+            expected = parallelize(family_model(family, 3), ep_degree=1).eval()
+            set_biases(expected, 6)
+            stored = load_file(exported / family / f"biased-{ep_degree}" / "alfb_bias.safetensors")
+            assert list(stored) == names == bias_names(expected) and len(names) > 0
+            for name, bias, kept in zip(names, biases(expected), found, strict=True):
+                assert bias.any() and torch.equal(stored[name], bias) and stored[name].dtype == torch.float32
+                assert torch.equal(kept, bias) and kept.dtype == torch.float32
+            assert torch.allclose(seen, logits(expected), rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(seen, logits(family_model(family, 3).eval()), rtol=1e-3, atol=1e-3), family
+            assert torch.equal(
+                logits(read(exported / family / f"biased-{ep_degree}")), logits(family_model(family, 3).eval())
+            )
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral"])
+def test_added_biases_are_read_where_transformers_saves_them(tmp_path: Path, family: str) -> None:
+    """As its Trainer does of a model that BalanceCallback balanced; mixtral's stand under another name in files."""
+    model: Any = family_model(family, 3)
+    expected = Balancer(model).gates
+    set_biases(model, 6)
+    model.save_pretrained(tmp_path / "in")
+    found = alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1)
+    assert len(expected) == len(biases(found)) == 2
+    for gate, bias in zip(expected, biases(found), strict=True):
+        assert torch.equal(bias, gate.bias_E) and bias.dtype == torch.float32
+    relayout(tmp_path / "in", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "alfb_bias.safetensors")
+    assert list(stored) == bias_names(found) and all(torch.equal(x, found.state_dict()[n]) for n, x in stored.items())
+    save = load_file(next(from_hf(tmp_path / "in", tmp_path / "run").glob("balance*.safetensors")))
+    assert all(torch.equal(save[f"bias/{name}"], x) for name, x in stored.items())
+    assert all("not rounded" in describe_folder(tmp_path / "in")[name] for name in stored)
+    assert torch.equal(logits(read_folder(tmp_path / "in")), logits(found))
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -17,12 +17,11 @@ from alfb_dist.pretrained.folder import (
     SIDECAR,
     meta_model,
     read_generation_config,
-    read_sidecar,
     write_sidecar,
     write_small_files,
 )
 from alfb_dist.pretrained.fp8 import FLOAT8
-from alfb_dist.pretrained.loading import open_model
+from alfb_dist.pretrained.loading import homeless_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, float32_names, is_bias, shapes_of
 from alfb_dist.pretrained.outputs import Piece, plan_outputs
 from alfb_dist.pretrained.weights import ModelWeights
@@ -73,7 +72,7 @@ def relayout(
     """
     template, weights, dtype = open_model(folder)
     template.config.dtype = dtype
-    sidecar = read_sidecar(folder)
+    sidecar = homeless_biases(folder, weights)
     _write(weights, template, path, None, layout, max_shard_bytes, overwrite, folder, sidecar)
 
 

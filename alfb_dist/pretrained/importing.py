@@ -18,9 +18,8 @@ from alfb_dist.checkpoint.saving import COUNTERS, versions
 from alfb_dist.checkpoint.share import Share
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.families import moe_blocks, num_choices
-from alfb_dist.pretrained.folder import read_sidecar
 from alfb_dist.pretrained.fp8 import FLOAT8
-from alfb_dist.pretrained.loading import open_model
+from alfb_dist.pretrained.loading import homeless_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of
 from alfb_dist.pretrained.weights import ModelWeights
 
@@ -55,7 +54,7 @@ def from_hf(folder: Path, run_folder: Path) -> Path:
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
         raise ValueError(f"{run_folder} is not empty: give a new run folder, such as runs/{folder.name}")
     template, weights, dtype = open_model(folder)
-    balance = _balance(template, weights, read_sidecar(folder))
+    balance = _balance(template, weights, homeless_biases(folder, weights))
     items = sorted(_items(template, weights), key=lambda item: -_dtype(weights, item.name).itemsize)
     path = step_folder(run_folder / "checkpoints", 0)
     tmp = start(path)
@@ -115,15 +114,15 @@ def _items(template: Any, weights: ModelWeights) -> Iterator[_Item]:
                 yield _Item(Entry(f"weight/{name}/{expert}", dtype, shape[1:]), name, expert)
 
 
-def _balance(template: Any, weights: ModelWeights, sidecar: dict[str, Tensor]) -> dict[str, Tensor]:
+def _balance(template: Any, weights: ModelWeights, homeless: dict[str, Tensor]) -> dict[str, Tensor]:
     """Biases, loads of 0, and other buffers that the state dict holds, by key."""
     found, names = {}, {id(module): name for name, module in template.named_modules()}
     for block in moe_blocks(template):
         name = f"{names[id(block.holder)]}.{block.bias_name}"
         bias = torch.zeros(num_choices(block.gate, getattr(block.holder, block.bias_name, None)))
-        if name in weights.names:
+        if name in weights.names and not block.added:
             weights.fill(bias.view(shapes_of(template)[name]), name)
-        found[f"bias/{name}"] = sidecar.get(name, bias)
+        found[f"bias/{name}"] = homeless.get(name, bias)
         found[f"load/{name}"] = torch.zeros(bias.shape, dtype=torch.int64)
     parameters = {name for name, _ in template.named_parameters()}
     for name, shape in shapes_of(template).items():

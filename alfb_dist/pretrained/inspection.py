@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alfb_dist.pretrained.folder import read_sidecar
 from alfb_dist.pretrained.loading import open_model, rounded
-from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of
+from alfb_dist.pretrained.names import added_shapes, expert_counts, is_bias, shapes_of
 from alfb_dist.pretrained.weights import FolderWeights
 
 
@@ -46,7 +46,7 @@ def _layout(weights: FolderWeights, names: Iterable[str]) -> str:
 
 
 def _biases(template: Any, weights: FolderWeights) -> dict[str, Tensor]:
-    shapes = shapes_of(template)
+    shapes = shapes_of(template) | added_shapes(template)
     found = {name: torch.empty(shapes[name]) for name in weights.names if is_bias(name)}
     for name, bias in found.items():
         weights.fill(bias, name)

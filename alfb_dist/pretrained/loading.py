@@ -53,7 +53,7 @@ def from_pretrained(
     agreed(lambda: read_common(model, weights, dtype), group, ValueError)
     parallelize(model, ep_degree=ep_degree, **options)
     agreed(lambda: read_experts(model, weights), group, ValueError)
-    agreed(lambda: put_biases(model, read_sidecar(folder), folder / SIDECAR), group, ValueError)
+    agreed(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
@@ -77,6 +77,14 @@ def open_model(
             "set tie_word_embeddings to false in its config.json"
         )
     return model, weights, dtype
+
+
+def homeless_biases(folder: Path, weights: FolderWeights) -> dict[str, Tensor]:
+    """The biases of a folder for which the family has no place, by name.
+
+    They are in a sidecar, or among the tensors, as transformers itself saves a model that was balanced.
+    """
+    return {**weights.added_biases(), **read_sidecar(folder)}
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alfb_dist.families import ADDED_BIAS
 from alfb_dist.pretrained.folder import SIDECAR, foreign_type, meta_model, read_sidecar, read_values
-from alfb_dist.pretrained.loading import open_model, put_biases, read_common, read_experts
+from alfb_dist.pretrained.loading import homeless_biases, open_model, put_biases, read_common, read_experts
 from alfb_dist.pretrained.names import is_bias
+from alfb_dist.pretrained.source import open_folder
 from alfb_dist.pretrained.weights import ModelWeights
 from alfb_dist.sharding import parallelize
 
@@ -42,20 +44,20 @@ def read_folder(folder: Path) -> nn.Module:
     """The whole model of a transformers folder, as transformers itself reads it, in float32.
 
     What transformers cannot read, or not compute with on CPU, is read here: weights in 8 bits, models that bring code
-    of their own, and biases in a file of their own.
+    of their own, and biases that transformers does not know.
     """
     from transformers import AutoModelForCausalLM
 
-    sidecar, values = read_sidecar(folder), read_values(folder)
-    if values.get("quantization_config") is not None or foreign_type(values) is not None:
+    values, added = read_values(folder), [n for n in open_folder(folder).tensors if n.endswith(ADDED_BIAS)]
+    if values.get("quantization_config") is not None or foreign_type(values) is not None or added:
         template, weights, _ = open_model(folder, torch.float32)
-        return filled(template, weights, sidecar, folder / SIDECAR)
+        return filled(template, weights, homeless_biases(folder, weights), folder / SIDECAR)
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     with torch.no_grad():
         for x in (*model.parameters(), *model.buffers()):
             x.data = x.data.clone()  # aligned as torch does it, and not as the file happens to lie
-    return _with_biases(model, sidecar, folder / SIDECAR)
+    return _with_biases(model, read_sidecar(folder), folder / SIDECAR)
 
 
 def filled(template: Any, weights: ModelWeights, biases: dict[str, Tensor], where: Path) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import conversion_mapping as tables
 from transformers import core_model_loading as conversions
 
-from alfb_dist.families import BIAS_NAMES, moe_blocks
+from alfb_dist.families import BIAS_NAMES, moe_blocks, num_choices
 
 Shape = tuple[int, ...]
 
@@ -22,6 +22,13 @@ def shapes_of(template: Any) -> dict[str, Shape]:
     """The shape of every tensor that a model is saved with, by name in its order; of tied ones only the source."""
     tied = template.all_tied_weights_keys
     return {name: tuple(x.shape) for name, x in template.state_dict().items() if name not in tied}
+
+
+def added_shapes(template: Any) -> dict[str, Shape]:
+    """The shapes of the selection biases that gates get here and the family's own model does not have, by name."""
+    names = {id(module): name for name, module in template.named_modules()}
+    added = [block for block in moe_blocks(template) if block.added and not hasattr(block.holder, block.bias_name)]
+    return {f"{names[id(block.holder)]}.{block.bias_name}": (num_choices(block.gate, None),) for block in added}
 
 
 def is_bias(name: str) -> bool:

@@ -9,7 +9,16 @@ from typing import Any
 
 from transformers import core_model_loading as conversions
 
-from alfb_dist.pretrained.names import Shape, expert_counts, family_tables, is_known, plain, some, stacks
+from alfb_dist.pretrained.names import (
+    Shape,
+    added_shapes,
+    expert_counts,
+    family_tables,
+    is_known,
+    plain,
+    some,
+    stacks,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class _Found:
 
     def __init__(self, template: Any) -> None:
         self.model = template
-        self.shapes = {name: tuple(x.shape) for name, x in template.state_dict().items()}
+        self.added = added_shapes(template)
+        self.shapes = {name: tuple(x.shape) for name, x in template.state_dict().items()} | self.added
         self.renamings, self.converters = family_tables(template, legacy=True)
         self.wholes: dict[str, str] = {}
         self.parts: dict[str, _Parts] = {}
@@ -106,7 +116,7 @@ class _Found:
                 found[target], lacking, extra = self.parts[target].origin(target, rows, counts.get(target, rows))
                 missing += lacking
                 self.extra += extra
-            else:
+            elif target not in self.added:
                 missing.append(target)
         return found, missing
 
@@ -123,7 +133,8 @@ def find_origins(template: Any, tensors: Mapping[str, Shape]) -> dict[str, Origi
     """Where each of the model's tensors lies among tensors of these names and shapes.
 
     Of tied tensors, only the source is in the result, unless both are there. Tensors that the family may do without
-    can be absent. ValueError naming all that is missing, all that is too much, or all whose shape is another.
+    can be absent, and so can biases that only the model here has. ValueError naming all that is missing, all that is
+    too much, or all whose shape is another.
     """
     sorted_names = _Found(template)
     for name in sorted(tensors, key=conversions.dot_natural_key):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alfb_dist.pretrained.fp8 import FLOAT8, SUFFIX, dequantized, scale_shape, scales_of
+from alfb_dist.pretrained.names import added_shapes
 from alfb_dist.pretrained.origins import Origin, find_origins
 from alfb_dist.pretrained.source import Source, rows_at_once
 
@@ -39,6 +40,7 @@ class FolderWeights:
         scales = set(self._scales.values())
         shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in scales}
         self.origins: dict[str, Origin] = find_origins(template, shapes)
+        self._added = added_shapes(template)
         for origin in self.origins.values():
             for name in origin.names():
                 self._check_type(name)
@@ -59,6 +61,13 @@ class FolderWeights:
     def names(self) -> Collection[str]:
         """Those of the model's tensors that are there."""
         return self.origins.keys()
+
+    def added_biases(self) -> dict[str, Tensor]:
+        """The biases among the tensors that the family's own model does not have, float32, by name."""
+        found = {name: torch.empty(shape) for name, shape in self._added.items() if name in self.origins}
+        for name, bias in found.items():
+            self.fill(bias, name)
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a model's tensor in the folder; of its first part, if it lies there in parts."""

@@ -1,0 +1,110 @@
+"""BalanceCallback over families that differ in where their bias is and how they choose: loads told by the gates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_callback import InOrderTrainer, arguments
+from tiny_families import FAMILIES, batch, biases, family_model, logits_weights_ids, set_biases
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from alfb_dist import BalanceCallback
+from alfb_dist.families import moe_blocks
+
+SEQUENCES, POSITIONS, PER_STEP, STEPS, RATE = 12, 6, 4, 3, 0.03
+KINDS = {
+    "ernie4_5_moe": "bias (1, E) in a part of the gate",
+    "minimax_m2": "bias in the block, the family's own routing",
+    "lfm2_moe": "bias in the block under another name",
+    "longcat_flash": "experts without weights, gate named router",
+    "deepseek_v4": "a layer without a bias beside one with",
+    "nemotron_h": "blocks without attention, groups",
+    "qwen3_moe": "no bias, routing is ours",
+    "mixtral": "no bias, the family's own routing",
+    "gpt_oss": "no bias, ranks logits, softmax over the chosen",
+    "gemma4_text": "no bias, gate beside the MLP",
+    "llama4_text": "no bias, scores for all experts",
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+def rows() -> tuple[list[dict[str, Tensor]], Tensor]:
+    """The sequences, every third ending in two of padding, and which of their tokens are none (B, S)."""
+    mask_BS = torch.ones(SEQUENCES, POSITIONS, dtype=torch.int64)
+    mask_BS[::3, -2:] = 0
+    given = batch(7, SEQUENCES, POSITIONS)
+    given |= {"attention_mask": mask_BS, "labels": given["labels"].masked_fill(mask_BS == 0, -100)}
+    return [{name: x[i] for name, x in given.items()} for i in range(SEQUENCES)], mask_BS.bool()
+
+
+class Told(TrainerCallback):
+    """What each gate gave out in training forwards, step by step, and the biases after each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.steps: list[list[list[Tensor]]] = []
+        self.biases: list[list[Tensor]] = []
+        self.evaluations = 0
+        self.ids: list[list[Tensor]] = []
+        for block in moe_blocks(model):
+            self.ids.append([])
+            block.gate.register_forward_hook(self.hook(self.ids[-1]))
+
+    def hook(self, ids: list[Tensor]) -> Any:
+        def note(gate: nn.Module, _: Any, output: Any) -> None:
+            if gate.training and torch.is_grad_enabled():
+                ids.append(logits_weights_ids(output)[2])
+            else:
+                self.evaluations += 1
+
+        return note
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.biases.append([bias.detach().flatten().clone() for bias in biases(model)])
+        self.steps.append([list(ids) for ids in self.ids])
+        for ids in self.ids:
+            ids.clear()
+
+
+def counted(ids: list[Tensor], mask_BS: Tensor, num_experts: int) -> list[int]:
+    """How often each expert was chosen by a token that is no padding, counted one by one."""
+    load = [0] * num_experts
+    for chosen, is_token in zip(torch.cat(ids).tolist(), mask_BS.flatten().tolist(), strict=True):
+        for expert in chosen if is_token else ():
+            load[expert] += 1
+    return load
+
+
+def moved(bias: Any, load: list[int]) -> Any:
+    """The sign rule by hand, in float32."""
+    sign = [(n * len(load) < sum(load)) - (n * len(load) > sum(load)) for n in load]
+    return bias + np.float32(RATE) * np.array(sign, dtype=np.float32)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_bias_is_what_the_rule_makes_of_what_the_gates_chose(tmp_path: Path, family: str) -> None:
+    assert family in FAMILIES
+    model = family_model(family, 3)
+    set_biases(model, 4)
+    (data, mask_BS), callback = rows(), BalanceCallback(rate=RATE)
+    run = InOrderTrainer(
+        model, arguments(tmp_path, max_steps=STEPS), train_dataset=data, eval_dataset=data[:3], callbacks=[callback]
+    )
+    told, expected = Told(model), [bias.detach().flatten().clone().numpy() for bias in biases(model)]
+    start = expected
+    run.add_callback(told)
+    run.train()
+    for step, (by_layer, found) in enumerate(zip(told.steps, told.biases, strict=True)):
+        mask = mask_BS[PER_STEP * step : PER_STEP * (step + 1)]
+        loads = [counted(ids, mask, len(bias)) for ids, bias in zip(by_layer, expected, strict=True)]
+        expected = [moved(bias, load) for bias, load in zip(expected, loads, strict=True)]
+        for bias, now in zip(expected, found, strict=True):
+            assert np.array_equal(bias.view(np.int32), now.numpy().view(np.int32))
+    assert callback.balancer is not None and callback.balancer.load_LE.tolist() == loads
+    assert len(told.steps) == STEPS and told.evaluations > 0 and len(start) > 0
+    assert not any(np.array_equal(a, b) for a, b in zip(start, expected, strict=True))
