@@ -1,11 +1,13 @@
 """The seam to DeepSpeed's own expert parallelism: its routers, made to count their load and keep their bias exact.
 
 AutoEP puts a layer of its own in the place of a model's MoE block. Its router adds the model's e_score_correction_bias
-to the scores that choose, and never moves it. The layer stays; its router becomes a gate that a Balancer knows.
+to the scores that choose, and never moves it. The layer stays; its router becomes a gate that a Balancer knows. The
+router of a family without a bias gets one of 0.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
 
 from alfb_dist.collectives import Group
+from alfb_dist.families import moe_blocks
 from alfb_dist.gate import AuxLosses, BalancedGate, Batch
 from alfb_dist.moe import ShardedExperts
 from alfb_dist.sharding import _note_batch
@@ -67,20 +70,43 @@ def _check(name: str, layer: AutoEPMoELayer, group: Group) -> None:
         )
 
 
+def _dropped_bias(model: Any) -> str | None:
+    """The name of the selection bias that the model's family has, None if it has none. The model may be converted."""
+    try:
+        with torch.device("meta"):
+            blocks = list(moe_blocks(type(model)(copy.deepcopy(model.config))))
+    except (AttributeError, TypeError):  # no model of transformers
+        return "its selection bias, if it has one"
+    return next((block.bias_name for block in blocks if not block.added), None)
+
+
+def _give_biases(model: nn.Module, layers: list[tuple[str, AutoEPMoELayer]]) -> None:
+    """The layers' routers have a bias of 0; ValueError if their family has one of its own, which AutoEP dropped."""
+    dropped = _dropped_bias(model)
+    if dropped is not None:
+        raise ValueError(
+            f"DeepSpeed's AutoEP dropped the selection bias of {type(model).__name__} ({dropped}), since it copies "
+            f"one called {BIAS_NAME} only. alfb_dist.initialize shards and balances the model"
+        )
+    for _, layer in layers:
+        delattr(layer.router, BIAS_NAME)  # None
+        device = layer.router.gate.weight.device
+        layer.router.register_buffer(BIAS_NAME, torch.zeros(layer.num_experts, device=device))
+
+
 def watch_autoep(model: nn.Module, group: Group = None) -> list[BalancedGate]:
     """The routers of the model's AutoEP layers count their loads from now on, in the model's order; [] if it has none.
 
-    In place, idempotent; layers without a selection bias are passed over. Raises ValueError if no layer has one, or if
-    one cannot be moved. group: what the Balancer was given.
+    In place, idempotent. Where no layer has a selection bias, all get one of 0; where some have, the others are passed
+    over. Raises ValueError if AutoEP dropped the family's own bias, or if one cannot be moved. group: what the Balancer
+    was given.
     """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, AutoEPMoELayer)]
     layers = [(name, layer) for name, layer in layers if not isinstance(layer, ShardedExperts)]
     biased = [(name, layer) for name, layer in layers if isinstance(getattr(layer.router, BIAS_NAME, None), Tensor)]
     if layers and not biased:
-        raise ValueError(
-            f"DeepSpeed's AutoEP routes {type(model).__name__} without a selection bias: the family has none, or one "
-            f"by another name than {BIAS_NAME}, which AutoEP drops. alfb_dist.initialize shards and balances the model"
-        )
+        _give_biases(model, layers)
+        biased = layers
     for name, layer in biased:
         _check(name, layer, group)
     fresh, batch = [layer.router for _, layer in biased if not isinstance(layer.router, BalancedRouter)], Batch()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from autoep_families import PRESETS
 from tiny_families import FAMILIES, family_config, family_model
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import model_type_to_module_name
@@ -16,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from alfb_dist import parallelize
 from alfb_dist.families import NOT_DONE, moe_blocks
+from alfb_dist.pretrained.outputs import plan_outputs
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 NOT_LANGUAGE_ONLY = ["ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "muse_spark", "step3p7"]
@@ -56,6 +58,17 @@ def trains_mtp(family: str) -> bool:
     return len({sum(p.numel() for p in model.parameters()) for model in built}) > 1
 
 
+def files(family: str) -> str:
+    """In which names its files are written and read."""
+    with torch.device("meta"):
+        template = AutoModelForCausalLM.from_config(family_config(family))
+    try:
+        plan_outputs(template, set(), "auto")
+    except ValueError:
+        return "fused only"
+    return "released, fused"
+
+
 def family_row(family: str) -> str:
     """The family's line of the table, from a tiny model of it."""
     model = parallelize(family_model(family), ep_degree=1)
@@ -76,6 +89,8 @@ def family_row(family: str) -> str:
             "ours" if block.gate.fast else "the family's",
             "yes" if block.gate.spec is not None else "no",
             "in the model" if trains_mtp(family) else "none",
+            files(family),
+            f"`{PRESETS[family]}`" if family in PRESETS else "no",
             "done",
         ]
     )
@@ -83,8 +98,9 @@ def family_row(family: str) -> str:
 
 def tables() -> Iterator[str]:
     """Every line of the tables."""
-    yield _row(["family", "gate", "bias", "experts", "path", "routing", "auxiliary losses", "MTP layers", "status"])
-    yield _row(["---"] * 9)
+    titles = "family|gate|bias|experts|path|routing|auxiliary losses|MTP layers|files|AutoEP|status".split("|")
+    yield _row(titles)
+    yield _row(["---"] * len(titles))
     yield from (family_row(family) for family in sorted(FAMILIES))
     yield ""
     yield _row(["family", "not done, because"])

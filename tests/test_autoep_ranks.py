@@ -55,7 +55,7 @@ def start_model(frozen_router: bool = False) -> nn.Module:
     return model
 
 
-def autoep_engine(model: nn.Module, ep: int, stage: int, micro_batches: int) -> Any:
+def autoep_engine(model: nn.Module, ep: int, stage: int, micro_batches: int, **expert_parallel: Any) -> Any:
     start_without_compiler()
     quiet(40)
     config = {
@@ -65,7 +65,7 @@ def autoep_engine(model: nn.Module, ep: int, stage: int, micro_batches: int) -> 
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
         "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
-        "expert_parallel": {"enabled": True, "autoep_size": ep, "use_grouped_mm": False},
+        "expert_parallel": {"enabled": True, "autoep_size": ep, "use_grouped_mm": False, **expert_parallel},
     }
     return deepspeed.initialize(model=model, config=config)[0]
 
@@ -167,12 +167,12 @@ def test_biased_choice_reaches_autoeps_routing(ranks: Callable[..., list[Any]]) 
 
 def refusals() -> dict[str, str]:
     texts = {}
-    for name in ("none", "parameter", "shape"):
+    for name in ("dropped", "parameter", "shape"):
         engine = autoep_engine(start_model(), 1, 1, 1)
         for router in routers(engine.module):
             bias_E = router.e_score_correction_bias
             del router.e_score_correction_bias
-            if name == "none":  # as AutoEP leaves it for a family without a bias of that name
+            if name == "dropped":  # as AutoEP leaves it for a family with a bias of another name
                 router.e_score_correction_bias = None
             elif name == "parameter":
                 router.e_score_correction_bias = nn.Parameter(bias_E)
@@ -186,6 +186,6 @@ def refusals() -> dict[str, str]:
 
 def test_router_without_a_bias_to_move_is_refused(ranks: Callable[..., list[Any]]) -> None:
     texts = ranks(1, refusals)[0]
-    assert "routes DeepseekV3ForCausalLM without a selection bias" in texts["none"]
+    assert "dropped the selection bias of DeepseekV3ForCausalLM" in texts["dropped"]
     assert "is a parameter of DeepSpeed's optimizer" in texts["parameter"]
     assert "has shape (1, 8), AutoEP's router uses (8,)" in texts["shape"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from by_hand import counted, moved, same_bits
 from test_callback import InOrderTrainer, arguments
 from tiny_families import FAMILIES, batch, biases, family_model, logits_weights_ids, set_biases
 from torch import Tensor, nn
@@ -71,21 +71,6 @@ class Told(TrainerCallback):
             ids.clear()
 
 
-def counted(ids: list[Tensor], mask_BS: Tensor, num_experts: int) -> list[int]:
-    """How often each expert was chosen by a token that is no padding, counted one by one."""
-    load = [0] * num_experts
-    for chosen, is_token in zip(torch.cat(ids).tolist(), mask_BS.flatten().tolist(), strict=True):
-        for expert in chosen if is_token else ():
-            load[expert] += 1
-    return load
-
-
-def moved(bias: Any, load: list[int]) -> Any:
-    """The sign rule by hand, in float32."""
-    sign = [(n * len(load) < sum(load)) - (n * len(load) > sum(load)) for n in load]
-    return bias + np.float32(RATE) * np.array(sign, dtype=np.float32)
-
-
 @pytest.mark.parametrize("family", KINDS)
 def test_bias_is_what_the_rule_makes_of_what_the_gates_chose(tmp_path: Path, family: str) -> None:
     assert family in FAMILIES
@@ -102,9 +87,9 @@ def test_bias_is_what_the_rule_makes_of_what_the_gates_chose(tmp_path: Path, fam
     for step, (by_layer, found) in enumerate(zip(told.steps, told.biases, strict=True)):
         mask = mask_BS[PER_STEP * step : PER_STEP * (step + 1)]
         loads = [counted(ids, mask, len(bias)) for ids, bias in zip(by_layer, expected, strict=True)]
-        expected = [moved(bias, load) for bias, load in zip(expected, loads, strict=True)]
+        expected = [moved(bias, load, RATE) for bias, load in zip(expected, loads, strict=True)]
         for bias, now in zip(expected, found, strict=True):
-            assert np.array_equal(bias.view(np.int32), now.numpy().view(np.int32))
+            assert same_bits(bias, now)
     assert callback.balancer is not None and callback.balancer.load_LE.tolist() == loads
     assert len(told.steps) == STEPS and told.evaluations > 0 and len(start) > 0
-    assert not any(np.array_equal(a, b) for a, b in zip(start, expected, strict=True))
+    assert not any(same_bits(a, b) for a, b in zip(start, expected, strict=True))
