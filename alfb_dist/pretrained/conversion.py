@@ -20,7 +20,7 @@ from alfb_dist.pretrained.folder import (
     write_sidecar,
     write_small_files,
 )
-from alfb_dist.pretrained.fp8 import FLOAT8
+from alfb_dist.pretrained.fp8 import QUANTIZED
 from alfb_dist.pretrained.loading import homeless_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, float32_names, is_bias, shapes_of
 from alfb_dist.pretrained.outputs import Piece, plan_outputs
@@ -67,8 +67,8 @@ def relayout(
 ) -> None:
     """The model of a transformers folder is in another folder, its experts in this layout, files of this size.
 
-    Tensors keep their types, but for biases, which are float32, and 8-bit weights, which are dequantised to the type of
-    the configuration. ValueError, before anything is written, where `from_pretrained` would raise one.
+    Tensors keep their types, but for biases, which are float32, and weights in 8 or 4 bits, which are dequantised to
+    the type of the configuration. ValueError, before anything is written, where `from_pretrained` would raise one.
     """
     template, weights, dtype = open_model(folder)
     template.config.dtype = dtype
@@ -112,7 +112,7 @@ def _dtypes(weights: ModelWeights, template: Any, dtype: torch.dtype | None) -> 
     found = {}
     for name in weights.names:
         stored = weights.dtype(name)
-        target = dtype or (template.config.dtype if stored == FLOAT8 else stored)
+        target = dtype or (template.config.dtype if stored in QUANTIZED else stored)
         found[name] = torch.float32 if is_bias(name) or name in wide else target
         if not stored.is_floating_point:
             found[name] = stored

@@ -12,19 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alfb_dist.pretrained.mxfp4 import FLOAT4, METHOD
+
 SUFFIX = "_scale_inv"
 FLOAT8 = torch.float8_e4m3fn
+QUANTIZED = (FLOAT8, FLOAT4)
+"""The types of weights that are read as their numbers times their scales."""
 
 
 def block_size(quantization: Mapping[str, Any] | None) -> tuple[int, int]:
-    """(rows, columns) of a block by a config's `quantization_config`. ValueError if it is no block-wise fp8."""
+    """(rows, columns) of a block of fp8 by a config's `quantization_config`.
+
+    ValueError if it is neither block-wise fp8 nor mxfp4.
+    """
     if quantization is None:
         return 128, 128
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size", [128, 128])
+    if method == METHOD:  # its blocks are in the shapes of its tensors
+        return 128, 128
     if method != "fp8" or not block:
         raise ValueError(
             f"quantization_config: quant_method {method!r} with weight_block_size {block!r} is not supported; "
-            "float weights and fp8 with a block size are"
+            "float weights, fp8 with a block size and mxfp4 are"
         )
     return int(block[0]), int(block[1])
 

@@ -18,7 +18,7 @@ from alfb_dist.checkpoint.saving import COUNTERS, versions
 from alfb_dist.checkpoint.share import Share
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.families import moe_blocks, num_choices
-from alfb_dist.pretrained.fp8 import FLOAT8
+from alfb_dist.pretrained.fp8 import QUANTIZED
 from alfb_dist.pretrained.loading import homeless_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of
 from alfb_dist.pretrained.weights import ModelWeights
@@ -47,9 +47,9 @@ def from_hf(folder: Path, run_folder: Path) -> Path:
     """The model of a transformers folder is the save of step 0 of a new run folder, whose path is returned.
 
     A run goes on from it with run.resume; its optimizer starts anew. Everything in the save is under a hash. Tensors
-    keep their types, but for biases, which are float32, and 8-bit weights, which are float32 times their scales. One
-    process, tensor by tensor. ValueError, before anything is written, where `from_pretrained` would raise one, or if
-    the run folder holds something; OSError naming the path if the disk fails.
+    keep their types, but for biases, which are float32, and weights in 8 or 4 bits, which become float32. One process,
+    tensor by tensor. ValueError, before anything is written, where `from_pretrained` would raise one, or if the run
+    folder holds something; OSError naming the path if the disk fails.
     """
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
         raise ValueError(f"{run_folder} is not empty: give a new run folder, such as runs/{folder.name}")
@@ -99,7 +99,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _dtype(weights: ModelWeights, name: str) -> torch.dtype:
     stored = weights.dtype(name)
-    return torch.float32 if stored == FLOAT8 else stored
+    return torch.float32 if stored in QUANTIZED else stored
 
 
 def _items(template: Any, weights: ModelWeights) -> Iterator[_Item]:

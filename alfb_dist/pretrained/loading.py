@@ -41,7 +41,8 @@ def from_pretrained(
     A rank reads its own experts and what all ranks hold, and never has more memory than for that and one more tensor.
     Before training, `initialize` puts the model in training mode; another loop calls model.train(), or nothing counts.
     path: a local folder with config.json and safetensors files, experts fused or under their own names; weights in
-        block-wise fp8 are dequantised. Nothing is fetched, no code of the folder is run, pickled weights are refused.
+        block-wise fp8 or mxfp4 are dequantised. Nothing is fetched, no code of the folder is run, pickled weights are
+        refused.
     dtype: of the weights; the configuration's, or else the files', unless given. Selection biases are float32 anyway.
     attn_implementation: as in transformers. options: more for `parallelize`.
     Warns if biases were rounded to 16 bits in the folder. Raises ValueError on every rank alike: before a tensor is

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alfb_dist.pretrained.fp8 import FLOAT8, SUFFIX, dequantized, scale_shape, scales_of
+from alfb_dist.pretrained.mxfp4 import BLOCKS, FLOAT4, SCALES, packed_shapes, unpacked
 from alfb_dist.pretrained.names import added_shapes
 from alfb_dist.pretrained.origins import Origin, find_origins
 from alfb_dist.pretrained.source import Source, rows_at_once
@@ -31,21 +32,25 @@ class ModelWeights(Protocol):
 class FolderWeights:
     """The tensors of a model in a transformers folder. Making one reads no tensor.
 
-    ValueError, naming tensors, if some are missing, too many or mis-shaped, or 8-bit weights have no fitting scales.
+    ValueError, naming tensors, if some are missing, too many or mis-shaped, or weights in 8 or 4 bits have no fitting
+    scales.
     """
 
     def __init__(self, source: Source, template: Any, block: tuple[int, int] = (128, 128)) -> None:
         self.source, self._block = source, block
         self._scales = scales_of(source.tensors)
-        scales = set(self._scales.values())
-        shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in scales}
-        self.origins: dict[str, Origin] = find_origins(template, shapes)
+        self._packed = packed_shapes(source.tensors)
+        taken = {*self._scales.values(), *(f"{name}{end}" for name in self._packed for end in (BLOCKS, SCALES))}
+        shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in taken}
+        self.origins: dict[str, Origin] = find_origins(template, shapes | self._packed)
         self._added = added_shapes(template)
         for origin in self.origins.values():
             for name in origin.names():
                 self._check_type(name)
 
     def _check_type(self, name: str) -> None:
+        if name in self._packed:
+            return
         stored, scale = self.source.tensors[name], self._scales.get(name)
         if stored.dtype != FLOAT8:
             if scale is not None:
@@ -71,7 +76,8 @@ class FolderWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a model's tensor in the folder; of its first part, if it lies there in parts."""
-        return self.source.tensors[self.origins[name].names()[0]].dtype
+        first = self.origins[name].names()[0]
+        return FLOAT4 if first in self._packed else self.source.tensors[first].dtype
 
     def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
         """The destination, contiguous, holds the rows of a model's tensor from `first` on, cast to its own type.
@@ -90,7 +96,15 @@ class FolderWeights:
             for part, part_name in zip(target.chunk(len(parts)), parts):
                 self._fill_rows(part, part_name, 0)
 
+    def _fill_packed(self, destination: Tensor, name: str, first: int) -> None:
+        for expert, row in enumerate(destination, first):
+            blocks, scales = (self.source.rows(f"{name}{end}", expert, expert + 1) for end in (BLOCKS, SCALES))
+            row.copy_(unpacked(blocks, scales)[0])
+
     def _fill_rows(self, destination: Tensor, name: str, first: int) -> None:
+        if name in self._packed:
+            self._fill_packed(destination, name, first)
+            return
         stored = self.source.tensors[name]
         if stored.dtype != FLOAT8:
             self.source.copy_rows(destination, name, first)
