@@ -94,19 +94,22 @@ class Balancer:
         self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
         """int64: the global load of the last finished step, zero before the first."""
         self._seen_steps = 0 if self.engine is None else self.engine.global_steps
-        self._set_bias(self._started(self.bias_LE))
+        self.start_from(self.bias_LE)
 
     @property
     def bias_LE(self) -> Tensor:
         """float32: the biases as they are now, a copy."""
         return torch.stack([gate.bias_E.detach().flatten() for gate in self.gates]).float()
 
-    def _started(self, bias_LE: Tensor) -> Tensor:
-        """The first rank's biases, those of layers to recentre without their mean; collective."""
+    def start_from(self, bias_LE: Tensor) -> None:
+        """The biases are the first rank's of these, in layers to recentre without their mean; collective.
+
+        bias_LE: float32, what a training begins with; it is the first rank's afterwards.
+        """
         broadcast_(bias_LE, self.group)
         exact_LE = bias_LE.double()
         centred_LE = (exact_LE - exact_LE.mean(-1, keepdim=True)).float()
-        return torch.where(self._has_mode("recentre"), centred_LE, bias_LE)
+        self._set_bias(torch.where(self._has_mode("recentre"), centred_LE, bias_LE))
 
     def _has_mode(self, mode: str) -> Tensor:
         """Whether each layer has this mode: (L, 1)."""

@@ -29,15 +29,16 @@ def meta_model(config: Config) -> nn.Module:
     return model
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config, *, resumed: bool = False) -> nn.Module:
     """The model in float32 and training mode: initialised from run.seed, the same on every rank, or from model.path.
 
-    A model from model.path comes parallelised, each rank having read its own experts only; collective then. DeepSpeed
-    casts it to model.dtype. Activation checkpointing is on as train.activation_checkpointing says.
+    A model from model.path comes parallelised, each rank having read its own experts only; collective then. So does one
+    that is resumed: it has room for the rank's share, and its weights are to be read from a checkpoint. DeepSpeed casts
+    it to model.dtype. Activation checkpointing is on as train.activation_checkpointing says.
     Raises ConfigError for a folder that cannot be read, and ValueError for a family that transformers does not know.
     """
     torch.manual_seed(config.run.seed)
-    model = _read(config) if config.model.path else _initialised(config)
+    model = _read(config) if config.model.path else _roomy(config) if resumed else _initialised(config)
     model.config.use_cache = False
     if config.train.activation_checkpointing != "none":
         reentrant = config.train.activation_checkpointing == "reentrant"
@@ -54,17 +55,30 @@ def _initialised(config: Config) -> Any:
     )
 
 
+def _roomy(config: Config) -> Any:
+    model = pretrained.meta_model(transformers_config(config.model), torch.float32, config.model.attention)
+    pretrained.make_room(model, torch.float32, **_shards(config))
+    return model
+
+
+def _shards(config: Config) -> dict[str, Any]:
+    """How the model is parallelised."""
+    return {
+        "ep_degree": config.parallel.ep_degree,
+        "sequence_loss_alpha": config.balance.sequence_loss_alpha,
+        "batch_loss_alpha": config.balance.batch_loss_alpha,
+        "max_rows": config.parallel.max_rows,
+        "timeout_seconds": config.run.timeout_seconds,
+    }
+
+
 def _read(config: Config) -> Any:
     try:
         return pretrained.from_pretrained(
             config.model.path,
-            ep_degree=config.parallel.ep_degree,
             dtype=torch.float32,
             attn_implementation=config.model.attention,
-            sequence_loss_alpha=config.balance.sequence_loss_alpha,
-            batch_loss_alpha=config.balance.batch_loss_alpha,
-            max_rows=config.parallel.max_rows,
-            timeout_seconds=config.run.timeout_seconds,
+            **_shards(config),
         )
     except ValueError as error:  # the same on every rank
         raise ConfigError(f"model.path: {error}") from error

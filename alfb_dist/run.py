@@ -123,7 +123,8 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     _compare_data(peers, (train_batches, validation_batches), group)
     folder = first_ranks(lambda: _choose_folder(config), group, ConfigError)
     _check_shared(folder, group)
-    model = build_model(config)
+    newest, damaged = _newest(config, folder)
+    model = build_model(config, resumed=newest is not None)
     num_parameters = count_parameters(model)
     layer_names = [block.name for block in moe_blocks(model)]
     balance = config.balance
@@ -143,7 +144,7 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
         lr_scheduler=lr_schedule(config),
     )
     run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter(), peers)
-    _resume(run)
+    _resume(run, newest, damaged)
     released = config.model.path or run.summary.get(RELEASED)
     if released and balance.mode == "auto":
         balancer.modes = ["freeze"] * len(balancer.modes)
@@ -220,15 +221,20 @@ def _check_shared(folder: Path, group: ProcessGroup) -> None:
             mark.unlink()
 
 
-def _resume(run: Run) -> None:
-    if not run.config.run.resume:
-        return
-    path, damaged = checkpoint.agree_on_newest(run.folder / "checkpoints")
+def _newest(config: Config, folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the run goes on from, if it is to and there is one, and what damaged ones are passed over."""
+    path, damaged = checkpoint.agree_on_newest(folder / "checkpoints") if config.run.resume else (None, [])
     if path is None and damaged:
         raise ConfigError(
-            f"run.resume: no checkpoint of {run.folder} is whole ({'; '.join(damaged)}); "
+            f"run.resume: no checkpoint of {folder} is whole ({'; '.join(damaged)}); "
             "mend or remove them, or start anew with run.resume=false"
         )
+    return path, damaged
+
+
+def _resume(run: Run, path: Path | None, damaged: list[str]) -> None:
+    if not run.config.run.resume:
+        return
     if path is None:
         run.notes.append("nothing to resume from: the run starts at its first step")
     run.notes += [f"passed over a checkpoint: {reason}" for reason in damaged]
@@ -237,15 +243,11 @@ def _resume(run: Run) -> None:
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
         run.notes.append(f"resumed from {path.name}")
         if run.first_step == 0 and RELEASED in run.summary:
-            _start_released(run)
+            run.balancer.start_from(
+                run.balancer.bias_LE
+            )  # a released model that was made step 0: `recentre` happens now
             return
         run.notes += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
-
-
-def _start_released(run: Run) -> None:
-    """The run is at the start of a released model that was made its step 0: `recentre` happens now."""
-    state = run.balancer.state_dict()
-    run.balancer.load_state_dict({**state, "bias_LE": run.balancer._started(state["bias_LE"])})
 
 
 def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:

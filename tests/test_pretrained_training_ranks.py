@@ -64,7 +64,7 @@ def released(folder: Path, **sizes: Any) -> nn.Module:
     return model
 
 
-def whole_model(config: Config) -> nn.Module:
+def whole_model(config: Config, *, resumed: bool) -> nn.Module:
     """What a run would build if every rank read the whole model."""
     torch.manual_seed(config.run.seed)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="sdpa")

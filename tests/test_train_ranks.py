@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from alfb_dist import run as runs
 from alfb_dist import train as loop
 from alfb_dist.config import ConfigError, load_config
 from alfb_dist.run import start
@@ -60,6 +64,55 @@ def test_a_run_stopped_by_a_signal_to_one_rank_resumes_to_the_bit(
     assert ranks(2, run, str(stopped), (*settings, "run.resume=true")) == [DONE, DONE]
     assert [f.name for f in (stopped / "runs").iterdir()] == ["test"]
     assert lines(stopped / "runs" / "test") == lines(straight / "runs" / "test")
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors with memory that operations make within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not made.is_meta:
+            self.seen.add(tuple(made.shape))
+        return made
+
+
+def shapes_of_build(folder: str, settings: Sequence[str]) -> tuple[set[tuple[int, ...]], dict[str, Tensor]]:
+    """The shapes that building the model of a run made, and the model's tensors as the run starts."""
+    inner, shapes = runs.build_model, Shapes()
+
+    def build(*arguments: Any, **more: Any) -> Any:
+        with shapes:
+            return inner(*arguments, **more)
+
+    runs.build_model = build
+    model = start(config_of(Path(folder), *settings)).engine.module
+    return shapes.seen, {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def whole_shapes(tensors: dict[str, Tensor]) -> set[tuple[int, ...]]:
+    """The shapes of expert tensors before they are cut over two ranks."""
+    return {(2 * x.shape[0], *x.shape[1:]) for name, x in tensors.items() if ".experts." in name}
+
+
+def test_rank_of_a_resumed_run_never_has_more_than_its_share(ranks: Any, tmp_path: Path) -> None:
+    two = ("parallel.ep_degree=2", "train.steps=2")
+    for seen, tensors in ranks(2, shapes_of_build, str(tmp_path), two):
+        assert whole_shapes(tensors) <= seen and len(whole_shapes(tensors)) == 2
+    fresh = ranks(2, run, str(tmp_path), ("run.name='trained'", *two))
+    assert fresh == [DONE, DONE]
+    resumed = ranks(2, shapes_of_build, str(tmp_path), ("run.name='trained'", "run.resume=true", *two))
+    save = tmp_path / "runs" / "trained" / "checkpoints" / "step-00000002"
+    stored = {name: x for path in save.glob("tensors*.safetensors") for name, x in load_file(path).items()}
+    for rank, (seen, tensors) in enumerate(resumed):
+        assert not whole_shapes(tensors) & seen
+        for name, x in tensors.items():
+            if ".experts." in name:
+                for e, row in enumerate(x, rank * len(x)):
+                    assert row.any() and torch.equal(row, stored[f"weight/{name}/{e}"])
 
 
 def test_resuming_a_finished_run_is_done_at_once(ranks: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ _HOMES = {
     "describe_folder": "inspection",
     "from_hf": "importing",
     "from_pretrained": "loading",
+    "make_room": "loading",
     "meta_model": "folder",
     "read_config": "folder",
     "relayout": "conversion",
@@ -22,6 +23,7 @@ __all__ = [
     "describe_folder",
     "from_hf",
     "from_pretrained",
+    "make_room",
     "meta_model",
     "read_config",
     "relayout",
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from alfb_dist.pretrained.folder import meta_model, read_config
     from alfb_dist.pretrained.importing import from_hf
     from alfb_dist.pretrained.inspection import describe_folder
-    from alfb_dist.pretrained.loading import from_pretrained
+    from alfb_dist.pretrained.loading import from_pretrained, make_room
     from alfb_dist.pretrained.saving import save_pretrained
 
 

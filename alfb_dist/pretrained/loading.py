@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,43 @@ def from_pretrained(
     """
     folder, group = Path(path), world_group()
     model, weights, dtype = agreed(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
-    agreed(lambda: check_parallelizable(model, ep_degree), group, ValueError)
-    agreed(lambda: read_common(model, weights, dtype), group, ValueError)
-    parallelize(model, ep_degree=ep_degree, **options)
-    agreed(lambda: read_experts(model, weights), group, ValueError)
+    _read_share(model, weights, dtype, ep_degree, group, options)
     agreed(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
+
+
+def _read_share(
+    model: Any, weights: ModelWeights, dtype: torch.dtype, ep_degree: int, group: Group, options: dict[str, Any]
+) -> None:
+    """The model, made without memory, is parallelised and has this rank's share of the weights; collective."""
+    agreed(lambda: check_parallelizable(model, ep_degree), group, ValueError)
+    agreed(lambda: read_common(model, weights, dtype), group, ValueError)
+    parallelize(model, ep_degree=ep_degree, **options)
+    agreed(lambda: read_experts(model, weights), group, ValueError)
+
+
+class _NoWeights:
+    """Nothing to read: experts are 0, all else is as transformers initialises it."""
+
+    names: Collection[str] = ()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of no tensor."""
+        raise KeyError(name)
+
+    def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
+        """The destination is 0."""
+        destination.zero_()
+
+
+def make_room(model: Any, dtype: torch.dtype, *, ep_degree: int, **options: Any) -> None:
+    """The model, made without memory, is parallelised and has room for this rank's share of its weights; collective.
+
+    They are to be read into it from a run's checkpoint: experts are 0 until then. options, errors: see `parallelize`.
+    """
+    _read_share(model, _NoWeights(), dtype, ep_degree, world_group(), options)
 
 
 def open_model(
