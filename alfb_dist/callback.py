@@ -13,6 +13,7 @@ from torch import nn
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 
 from alfb_dist import metrics
+from alfb_dist.autoep import watch_autoep
 from alfb_dist.balance import check_rule, rate_schedule
 from alfb_dist.balancer import Balancer, check_mode
 from alfb_dist.pretrained.origins import find_origins
@@ -54,7 +55,7 @@ class BalanceCallback(TrainerCallback, ExportableState):
         """The biases are float32 from now on, before anything casts them or a checkpoint is read into them; which is
         read whole, experts included."""
         if isinstance(model, nn.Module) and watch(model):
-            model.register_load_state_dict_pre_hook(_stack_experts)
+            model.register_load_state_dict_pre_hook(_make_ready)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The Balancer is made; collective."""
@@ -116,7 +117,13 @@ def _packed(balancer: Balancer) -> dict[str, Any]:
     return {"num_steps": balancer.num_steps, "shape": list(bias_LE.shape), "bias": text}
 
 
-def _stack_experts(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+def _make_ready(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """All of a state dict has its place in the model: biases that AutoEP's routers get here, and experts."""
+    watch_autoep(model)
+    _stack_experts(model, state_dict)
+
+
+def _stack_experts(model: nn.Module, state_dict: dict[str, Any]) -> None:
     """Experts that stand one by one in a state dict are put together as the model has them.
 
     So transformers 5.23 writes them; its Trainer then loads them by the model's names, finds none, and goes on with

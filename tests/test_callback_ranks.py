@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from test_callback import LEARNING_RATE, RATE, STEPS, InOrderTrainer, Watching, arguments, plain_loop, rows, start_model
+from test_callback_families import rows as family_rows
+from tiny_families import family_model
 
 from alfb_dist.callback import BalanceCallback
 from alfb_dist.engine import quiet, start_without_compiler
@@ -74,3 +76,30 @@ def test_bias_equals_a_plain_loops_on_deepspeed_with_autoep(ranks: Callable[...,
     check(by_rank)
     assert {seen["wrapped"] for seen in by_rank} == {"DeepSpeedEngine"}
     assert all(seen["layers"] == {"AutoEPMoELayer"} for seen in by_rank)
+
+
+def resume_without_native_bias(folder: Path) -> list[torch.Tensor]:
+    """The biases after a training in one go, and after one that goes on from its checkpoint."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    start_without_compiler()
+    quiet(50)
+    config = {**DEEPSPEED, "expert_parallel": {**DEEPSPEED["expert_parallel"], "preset_model": "mixtral"}}
+    seen = []
+    for where, resumed in (("straight", None), ("resumed", folder / "straight" / "checkpoint-2")):
+        given = arguments(folder / where, per_device_train_batch_size=1, deepspeed=config, save_strategy="steps")
+        given.save_steps, given.max_steps, callback = 2, 3, BalanceCallback(rate=RATE)
+        model, (data, _) = family_model("qwen3_moe", 3), family_rows()
+        run = InOrderTrainer(model, given, train_dataset=data, eval_dataset=data[:2], callbacks=[callback])
+        run.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        assert callback.balancer is not None
+        seen.append(callback.balancer.bias_LE)
+    return seen
+
+
+def test_training_on_autoep_resumes_with_a_bias_that_the_family_has_not(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for straight, resumed in ranks(2, resume_without_native_bias, tmp_path):
+        assert straight.any() and torch.equal(straight, resumed)
