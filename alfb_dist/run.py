@@ -243,9 +243,7 @@ def _resume(run: Run, path: Path | None, damaged: list[str]) -> None:
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
         run.notes.append(f"resumed from {path.name}")
         if run.first_step == 0 and RELEASED in run.summary:
-            run.balancer.start_from(
-                run.balancer.bias_LE
-            )  # a released model that was made step 0: `recentre` happens now
+            run.balancer.start_from(run.balancer.bias_LE)  # as a released model begins: `recentre` happens now
             return
         run.notes += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
 
