@@ -17,9 +17,15 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, random_biases, tiny_batch, tiny_config
 from tiny import set_biases as set_tiny_biases
-from tiny_families import batch, biases, family_model, set_biases
+from tiny_families import batch, biases, family_config, family_model, set_biases
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3ForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+)
 
 import alfb_dist
 from alfb_dist import Balancer, parallelize
@@ -218,6 +224,22 @@ def test_added_biases_are_read_where_transformers_saves_them(tmp_path: Path, fam
     assert all(torch.equal(save[f"bias/{name}"], x) for name, x in stored.items())
     assert all("not rounded" in describe_folder(tmp_path / "in")[name] for name in stored)
     assert torch.equal(logits(read_folder(tmp_path / "in")), logits(found))
+
+
+def test_language_model_of_a_release_that_sees_is_read_and_written_alone(tmp_path: Path) -> None:
+    """As transformers' causal language model reads Llama 4, whose folder has the tensors of three parts."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 16}
+    sizes |= {"projector_input_dim": 16, "projector_output_dim": 16}
+    text = family_config("llama4_text")
+    Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=sizes)).save_pretrained(tmp_path / "in")
+    found, expected = alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1), read(tmp_path / "in")
+    assert all(torch.equal(found.state_dict()[name], x) for name, x in expected.state_dict().items())
+    alfb_dist.save_pretrained(found, tmp_path / "out")
+    assert torch.equal(logits(read(tmp_path / "out")), logits(expected))
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    save_file(tensors | {"language_model.x": torch.ones(1)}, tmp_path / "in" / "model.safetensors")
+    assert "unknown language_model.x" in refusal(lambda: alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1))
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -100,7 +100,7 @@ def open_model(
     config, block = read_config(folder)
     dtype = choose_dtype(dtype, config, source)
     model = meta_model(config, dtype, attn_implementation)
-    weights = FolderWeights(source, model, block)
+    weights = FolderWeights(source, model, block, part=type(model.config) is not type(config))
     if unequal := weights.unequal_tied(model.all_tied_weights_keys):
         raise ValueError(
             f"{unequal[0]} is tied by the configuration, but has values of its own in {folder}: "

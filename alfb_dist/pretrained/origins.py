@@ -129,12 +129,13 @@ def _ignored(template: Any, names: list[str], kind: str) -> set[str]:
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
-def find_origins(template: Any, tensors: Mapping[str, Shape]) -> dict[str, Origin]:
+def find_origins(template: Any, tensors: Mapping[str, Shape], *, part: bool = False) -> dict[str, Origin]:
     """Where each of the model's tensors lies among tensors of these names and shapes.
 
     Of tied tensors, only the source is in the result, unless both are there. Tensors that the family may do without
     can be absent, and so can biases that only the model here has. ValueError naming all that is missing, all that is
-    too much, or all whose shape is another.
+    too much, or all whose shape is another. part: whether the model is a part of one, the others of which stand outside
+    of its prefix and are passed over.
     """
     sorted_names = _Found(template)
     for name in sorted(tensors, key=conversions.dot_natural_key):
@@ -145,6 +146,8 @@ def find_origins(template: Any, tensors: Mapping[str, Shape]) -> dict[str, Origi
             found[source] = found.pop(target)
         missing = [name for name in missing if name not in (target, source) or source not in found]
     missing = sorted(set(missing) - _ignored(template, missing, "missing"))
+    if part:
+        sorted_names.extra = [n for n in sorted_names.extra if n.startswith(f"{template.base_model_prefix}.")]
     extra = sorted(set(sorted_names.extra) - _ignored(template, sorted_names.extra, "unexpected"))
     if missing or extra:
         parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]

@@ -36,13 +36,16 @@ class FolderWeights:
     scales.
     """
 
-    def __init__(self, source: Source, template: Any, block: tuple[int, int] = (128, 128)) -> None:
+    def __init__(
+        self, source: Source, template: Any, block: tuple[int, int] = (128, 128), *, part: bool = False
+    ) -> None:
+        """block: of fp8. part: whether the model is the language model of one that sees or hears too."""
         self.source, self._block = source, block
         self._scales = scales_of(source.tensors)
         self._packed = packed_shapes(source.tensors)
         taken = {*self._scales.values(), *(f"{name}{end}" for name in self._packed for end in (BLOCKS, SCALES))}
         shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in taken}
-        self.origins: dict[str, Origin] = find_origins(template, shapes | self._packed)
+        self.origins: dict[str, Origin] = find_origins(template, shapes | self._packed, part=part)
         self._added = added_shapes(template)
         for origin in self.origins.values():
             for name in origin.names():
