@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from alfb_dist.network import own_address
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torch.distributed reads. The deepspeed launcher and torchrun set them."""
 
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+_MPI_LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _PMI = ("PMI_RANK", "PMI_SIZE")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")  # the latter is set by srun, not in a batch script
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -72,16 +75,26 @@ def free_port() -> int:
 
 
 def _discover_mpi() -> None:
+    """The ranks meet at the first one's host: at its address toward MASTER_ADDR if that is set, else by its name.
+
+    Which ranks share a host is the launcher's word where it has one: Open MPI itself takes hosts of one name for one,
+    and then fails in its collectives.
+    """
     ours = "mpi4py.MPI" not in sys.modules  # imported here, MPI starts here
     try:
         from mpi4py import MPI
     except ImportError as e:
         raise RuntimeError("started by mpirun, but mpi4py is missing: pip install 'alfb_dist[mpi]'") from e
     world = MPI.COMM_WORLD
-    node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = MPI.Get_processor_name() if world.size > node.size else "127.0.0.1"
+    if all(name in os.environ for name in _MPI_LOCAL):
+        local_rank, size_here = (int(os.environ[name]) for name in _MPI_LOCAL)
+    else:
+        node = world.Split_type(MPI.COMM_TYPE_SHARED)
+        local_rank, size_here = node.rank, node.size
+    here = own_address(os.environ["MASTER_ADDR"]) if "MASTER_ADDR" in os.environ else MPI.Get_processor_name()
+    address = here if world.size > size_here else "127.0.0.1"
     address, port = world.bcast((address, free_port()), root=0)
-    values = (world.rank, world.size, node.rank, address, port)
+    values = (world.rank, world.size, local_rank, address, port)
     if ours:
         MPI.Finalize()  # nothing more is asked of MPI, which would abort the ranks with a killed mpirun
     os.environ.update(zip(VARIABLES, map(str, values)))

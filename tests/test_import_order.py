@@ -19,7 +19,7 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    stop profiling lifeline launcher network config placement topology collectives peers agreement metrics balance
+    stop profiling lifeline network launcher config placement topology collectives peers agreement metrics balance
     router aux_loss arena shared_memory exchange dispatch bounded experts attention
     recompute choice families trial gate frozen moe sharding mend autoep balancer
     data ds_config engine checkpoint pretrained model callback

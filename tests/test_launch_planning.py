@@ -13,8 +13,8 @@ import pytest
 
 from alfb_dist.cli import main
 from alfb_dist.config import ConfigError
-from alfb_dist.launching import environment, planning
-from alfb_dist.launching.hostfile import address_toward, read_hostfile
+from alfb_dist.launching import commands, environment, planning
+from alfb_dist.launching.hostfile import address_of, address_toward, read_hostfile
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "test.toml")
 TRAIN = ["alfb_dist.cli", "train", CONFIG]
@@ -84,11 +84,24 @@ def test_mpirun_over_hosts_takes_variables_along_but_no_secret(
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     monkeypatch.setenv("HF_TOKEN", "canary")
+    monkeypatch.setenv("MASTER_ADDR", "stale")
     words = planned(capsys, "--with", "mpirun", "--hostfile", hostfile)
     assert words[words.index("-n") + 1] == "4"
     taken = {words[i + 1] for i, word in enumerate(words) if word == "-x"}
-    assert {"NCCL_DEBUG", "PATH"} <= taken
+    assert {"NCCL_DEBUG", "PATH", "MASTER_ADDR=127.0.0.1"} <= taken
     assert not {"WANDB_API_KEY", "HF_TOKEN"} & taken
+
+
+@pytest.mark.parametrize("given", [(), ("--launcher-args", "--mca btl_tcp_if_include 10.0.0.0/8")])
+def test_openmpi_over_hosts_takes_the_interface_that_leads_to_them(
+    capsys: pytest.CaptureFixture[str], hostfile: str, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(commands, "executable", lambda name, advice: name)
+    monkeypatch.setattr(commands, "interface_of", lambda address: "ib0")
+    words = planned(capsys, "--with", "openmpi", "--hostfile", hostfile, *given)
+    arguments = words[words.index("--launcher_args") + 1].split()
+    included = arguments[arguments.index("btl_tcp_if_include") + 1]
+    assert arguments.count("btl_tcp_if_include") == 1 and included == ("10.0.0.0/8" if given else "ib0")
 
 
 def test_srun_takes_the_tasks_of_the_allocation(
@@ -174,12 +187,20 @@ def test_address_toward_this_host_alone_is_a_loopback_one() -> None:
     assert address_toward([]) == "127.0.0.1"
 
 
+def test_a_host_may_be_known_to_ssh_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ssh_config").write_text("Host gpu-one\n  HostName 127.0.0.9\n")
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", f"-F {tmp_path}/ssh_config")
+    assert address_of("gpu-one") == "127.0.0.9"
+    with pytest.raises(ConfigError, match="gpu-two is not known here"):
+        address_of("gpu-two")
+
+
 def test_exports_of_the_deepspeed_launcher_are_the_users_where_there_are_some(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
-    written = Path(environment.environment_with_exports()["DS_ENV_FILE"]).read_text()
-    assert "GLOO_SOCKET_IFNAME=eth9\n" in written
+    written = Path(environment.environment_with_exports("10.0.0.7")["DS_ENV_FILE"]).read_text()
+    assert "GLOO_SOCKET_IFNAME=eth9\n" in written and "MASTER_ADDR=10.0.0.7\n" in written
     (tmp_path / ".deepspeed_env").write_text("A=b\n")
-    assert "DS_ENV_FILE" not in environment.environment_with_exports()
+    assert "DS_ENV_FILE" not in environment.environment_with_exports("10.0.0.7")

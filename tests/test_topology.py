@@ -192,6 +192,28 @@ def test_under_mpirun_on_one_host_the_address_is_local(
     assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
+def test_under_mpirun_hosts_of_one_name_are_told_apart_by_the_launcher(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open MPI takes them for one host, and its split hangs or crashes."""
+
+    class First(World):
+        rank = 0
+
+        def Split_type(self, _: Any) -> Any:
+            raise AssertionError("not to be called")
+
+        def bcast(self, value: Any, root: int) -> Any:
+            return value
+
+    environment.update(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_SIZE="2", OMPI_COMM_WORLD_LOCAL_RANK="0")
+    fake_mpi(monkeypatch, First())
+    environment["MASTER_ADDR"] = "10.0.0.7"
+    monkeypatch.setattr("alfb_dist.launcher.own_address", lambda master: f"own toward {master}")
+    assert discover() == (0, 4, 0)
+    assert environment["MASTER_ADDR"] == "own toward 10.0.0.7"
+
+
 def test_mpi_that_others_have_started_is_left_running(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from alfb_dist.cli.launcher import Subcommands
 from alfb_dist.cli.train import add_settings, read_config, settings_of
 from alfb_dist.launching.commands import command
 from alfb_dist.launching.environment import environment_with_exports
+from alfb_dist.launching.hostfile import ssh_command
 from alfb_dist.launching.planning import add_options, plan
 from alfb_dist.placement import check_placement
 from alfb_dist.stop import DONE
@@ -40,9 +41,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     from alfb_dist.preflight import check_hosts
 
     if launch.hosts:
-        ssh = ["ssh", *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))]
-        check_hosts(list(launch.hosts), port=0 if launch.launcher == "mpirun" else launch.master_port, ssh=ssh)
-    environment = environment_with_exports() if launch.hosts else dict(os.environ)
+        port = 0 if launch.launcher in ("mpirun", "openmpi") else launch.master_port  # mpi4py chooses one
+        check_hosts(list(launch.hosts), port=port, ssh=ssh_command())
+    environment = environment_with_exports(launch.master_addr) if launch.hosts else dict(os.environ)
 
     def attempt(lifeline: str, resume: bool) -> tuple[list[str], dict[str, str]]:
         again = ["--set", "run.resume=true"] if resume and not config.run.resume else []

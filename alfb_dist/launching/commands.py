@@ -11,6 +11,7 @@ from pathlib import Path
 
 from alfb_dist.config import ConfigError
 from alfb_dist.launching.environment import variables_for_ranks
+from alfb_dist.network import interface_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def _deepspeed(launch: Launch) -> list[str]:
     arguments = list(launch.launcher_args)
     if launch.launcher == "openmpi":
         arguments += _mpi_options()
+        interface = interface_of(launch.launch_host)
+        if interface and "btl_tcp_if_include" not in arguments:  # or DeepSpeed names eth0, wherever that leads
+            arguments += ["--mca", "btl_tcp_if_include", interface]
     words += ["--launcher_args", " ".join(arguments)] if arguments else []
     return [*words, "--master_port", str(launch.master_port), "--no_local_rank", "--module", "alfb_dist.cli"]
 
@@ -80,7 +84,8 @@ def _mpirun(launch: Launch) -> list[str]:
     words = [executable("mpirun", "pip install 'alfb_dist[mpi]'"), *_mpi_options(), "-n", str(launch.ranks)]
     if launch.hosts:
         words += ["--hostfile", str(launch.hostfile)]
-        words += [word for name in variables_for_ranks() for word in ("-x", name)]
+        for name, value in variables_for_ranks(launch.master_addr).items():
+            words += ["-x", name if os.environ.get(name) == value else f"{name}={value}"]
     else:
         words += ["--map-by", ":OVERSUBSCRIBE"]
     return [*words, *launch.launcher_args, sys.executable, "-m", "alfb_dist.cli"]

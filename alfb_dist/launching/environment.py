@@ -24,16 +24,20 @@ _PREFIXES += ("TOKENIZERS_", "WANDB_MODE", "WANDB_DIR", "HF_HOME", "HF_HUB_OFFLI
 _NOT = ("DS_ENV_FILE",)
 
 
-def variables_for_ranks() -> dict[str, str]:
-    """The variables that decide how ranks run. No secrets: launchers put what they export into command lines."""
-    return {
+def variables_for_ranks(master_addr: str) -> dict[str, str]:
+    """The variables that decide how ranks run. No secrets: launchers put what they export into command lines.
+
+    master_addr: of the first host, as the others reach it.
+    """
+    ours = {
         name: value
         for name, value in os.environ.items()
         if name.startswith(_PREFIXES) and name not in _NOT and "\n" not in value
     }
+    return {**ours, "MASTER_ADDR": master_addr}
 
 
-def environment_with_exports() -> dict[str, str]:
+def environment_with_exports(master_addr: str) -> dict[str, str]:
     """The environment of the deepspeed launcher, which exports to other hosts what a file lists.
 
     A file of the user's stays the one that counts: DS_ENV_FILE, or .deepspeed_env at home or here.
@@ -42,6 +46,6 @@ def environment_with_exports() -> dict[str, str]:
     if "DS_ENV_FILE" in os.environ or any(path.is_file() for path in theirs):
         return dict(os.environ)
     with tempfile.NamedTemporaryFile("w", prefix="alfb-env-", delete=False) as file:
-        file.writelines(f"{name}={value}\n" for name, value in variables_for_ranks().items())
+        file.writelines(f"{name}={value}\n" for name, value in variables_for_ranks(master_addr).items())
     atexit.register(Path(file.name).unlink, missing_ok=True)
     return {**os.environ, "DS_ENV_FILE": file.name}

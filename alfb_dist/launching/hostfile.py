@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import socket
+import subprocess
 from pathlib import Path
 
 from alfb_dist.config import ConfigError
@@ -36,12 +39,28 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
+def ssh_command() -> list[str]:
+    """The words before a host's name, with the options that pdsh gets too."""
+    return ["ssh", *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))]
+
+
 def address_of(host: str) -> str:
-    """The IPv4 address of a host. Raises ConfigError if the name is not known."""
+    """The IPv4 address of a host, which may be known to ssh's configuration alone. ConfigError if it is not known."""
     try:
         return socket.gethostbyname(host)
     except OSError as error:
-        raise ConfigError(f"the host {host} is not known here ({error}): mend its name or the hostfile") from None
+        try:
+            return socket.gethostbyname(_ssh_name(host))
+        except OSError:
+            raise ConfigError(f"the host {host} is not known here ({error}): mend its name or the hostfile") from None
+
+
+def _ssh_name(host: str) -> str:
+    """The name or address that ssh's configuration has for a host; the host itself where it has none."""
+    asked = [*ssh_command(), "-G", host]
+    done = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    lines = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return next((words[1] for words in lines if words[0] == "hostname"), host)
 
 
 def address_toward(addresses: list[str]) -> str:
