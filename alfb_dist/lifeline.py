@@ -98,10 +98,10 @@ class Lines:
         """What has come from the ranks is known; waits at most so long for something to come."""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._server:
-                line = self._server.accept()[0]
+                line, address = self._server.accept()
                 line.setblocking(False)
                 _notice_silence(line)
-                self._open[line] = _Line()
+                self._open[line] = _Line(address[0])
                 self._selector.register(line, selectors.EVENT_READ)
                 if self.stopping:
                     _ask(line)
@@ -128,7 +128,9 @@ class Lines:
             if line.rank is None:
                 if message["token"] != self._token:
                     return False
-                line.rank, line.place = int(message["rank"]), f"{message['host']}, pid {message['pid']}"
+                line.rank = int(message["rank"])
+                at = "" if line.address.startswith("127.") else f" at {line.address}"
+                line.place = f"{message['host']}{at}, pid {message['pid']}"
             if "folder" in message:
                 self.folder = str(message["folder"])
             if "code" in message:
@@ -146,7 +148,8 @@ class Lines:
 
 
 class _Line:
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
+        self.address = address
         self.rank: int | None = None
         self.place = ""
         self.rest = b""

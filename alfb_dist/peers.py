@@ -43,8 +43,14 @@ class Peer:
     pid: int
     address: tuple[str, int]
 
+    @property
+    def place(self) -> str:
+        """Its host by name, and by address where others reach it: hosts may share a name."""
+        address = self.address[0]
+        return self.host if address.startswith("127.") else f"{self.host} at {address}"
+
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+        return f"rank {self.rank} on {self.place} (pid {self.pid})"
 
 
 class Peers:

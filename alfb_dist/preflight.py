@@ -12,6 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ import xxhash
 
 from alfb_dist.config import ConfigError
 from alfb_dist.run_folder import versions
+
+SAME = "install the same on every host"
 
 
 def facts() -> dict[str, str]:
@@ -48,51 +51,53 @@ def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: s
     return found
 
 
-def check_hosts(
-    hosts: Sequence[str],
+def ask(
+    host: str,
     *,
     port: int,
-    ssh: Sequence[str] = ("ssh",),
+    ssh: Sequence[str],
     python: str = sys.executable,
     folder: str | Path | None = None,
     timeout_seconds: float = 30,
-) -> None:
+) -> dict[str, Any] | str:
+    """The host's facts, its clock and why the port is not free there; one line that says why there is no answer."""
+    shared = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in shared.items())
+    where = shlex.quote(str(Path(folder or ".").resolve()))
+    asked = shlex.join([python, "-m", "alfb_dist.preflight", str(port)])
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(timeout_seconds / 2))}"]
+    command = [*ssh, *options, host, f"cd {where} && env {variables} {asked}"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"{host} did not answer over ssh within {timeout_seconds:g} s"
+    except OSError as error:
+        return f"{command[0]} cannot be run here: {error}"
+    if done.returncode:
+        return _why(host, done, python)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def check_hosts(hosts: Sequence[str], *, port: int, ssh: Sequence[str] = ("ssh",), **options: Any) -> None:
     """Every host is reached and runs the same versions, and the port, where ranks will meet, is free on the first.
 
     port: 0 where the ranks choose one. ssh: the words before a host's name. python, folder: what the ranks will run,
-    and where (here, unless given).
+    and where (here, unless given). timeout_seconds: for each host.
     ConfigError with one line for each thing wrong, naming host, values and what to do.
     """
-    shared = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
-    words = [python, "-m", "alfb_dist.preflight"]
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in shared.items())
-    where = shlex.quote(str(Path(folder or ".").resolve()))
-
-    def ask(host: str) -> dict[str, Any] | str:
-        asked = [*words, str(port if host == hosts[0] else 0)]
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(timeout_seconds / 2))}"]
-        command = [*ssh, *options, host, f"cd {where} && env {variables} {shlex.join(asked)}"]
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_seconds
-            )
-        except subprocess.TimeoutExpired:
-            return f"{host} did not answer over ssh within {timeout_seconds:g} s"
-        except OSError as error:
-            return f"{command[0]} cannot be run here: {error}"
-        if done.returncode:
-            return _why(host, done, python)
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
-
     with ThreadPoolExecutor(max_workers=32) as pool:
-        answers = dict(zip(hosts, pool.map(ask, hosts)))
-    problems = [answer for answer in answers.values() if isinstance(answer, str)]
-    known = [(host, answer) for host, answer in answers.items() if not isinstance(answer, str)]
+        found = pool.map(lambda host: ask(host, port=port if host == hosts[0] else 0, ssh=ssh, **options), hosts)
+        answers = list(zip(hosts, found))
+    problems = [answer for _, answer in answers if isinstance(answer, str)]
+    known = [(host, answer) for host, answer in answers if not isinstance(answer, str)]
     for host, answer in known:
         if taken := answer.pop("port_error"):
             problems.append(f"port {port} on {host} is not free ({taken}); end what uses it or choose another port")
-    problems += differences(known, "install the same on every host")
+        answer.pop("clock")
+    problems += differences(known, SAME)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -105,7 +110,7 @@ def _why(host: str, done: subprocess.CompletedProcess[str], python: str) -> str:
     return f"{host} cannot run {python} with alfb_dist ({told}); install the same on every host, at the same path"
 
 
-def _port_error(port: int) -> str:
+def port_error(port: int) -> str:
     """Why ranks could not meet on this port of this host, '' if they could; port 0 is always free."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks' store will: an ended run does not count
@@ -118,4 +123,4 @@ def _port_error(port: int) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps({**facts(), "port_error": _port_error(int(sys.argv[1]))}))
+    print(json.dumps({**facts(), "port_error": port_error(int(sys.argv[1])), "clock": time.time()}))

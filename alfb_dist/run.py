@@ -110,7 +110,7 @@ def _meet(config: Config, group: ProcessGroup) -> Peers:
 
 
 def _refuse_differences(known: list[tuple[Peer, dict[str, Any]]], mend: str) -> None:
-    found = differences([(peer.host, facts) for peer, facts in known], mend)
+    found = differences([(peer.place, facts) for peer, facts in known], mend)
     if found:
         raise ConfigError("\n".join(found))
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from alfb_dist.launching.supervisor import supervise
+from alfb_dist.launching import supervisor
 from alfb_dist.lifeline import Lifeline, Lines
 
 RANKS = 2
@@ -29,6 +29,8 @@ def launcher(play: str, lifeline: str, resume: str) -> int:
     if play == "launcher leaves a process behind":
         subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(600)  # {lifeline}"], start_new_session=True)
     codes = [rank.wait() for rank in ranks]
+    if play == "host is cut off":
+        threading.Event().wait()  # for the ssh to it, which notices nothing
     return next((code for code in codes if code), 0) % 256
 
 
@@ -41,13 +43,19 @@ def rank(number: int, play: str, lifeline: str, resume: str) -> int:
     crash = {"crash": True, "crash before the start": resume == "False", "crash once": resume == "False"}.get(
         play, False
     )
-    if crash and number == 1:
+    if number == 1 and (crash or play == "host is cut off"):
         os.kill(os.getpid(), signal.SIGKILL)
     if play in ("wait", "launcher is killed"):
         asked.wait()
     if play == "deaf":
         threading.Event().wait()
-    code = {"wait": 75, "launcher is killed": 75, "bad configuration": 78, "disagree": 75 * number}.get(play, 0)
+    code = {
+        "wait": 75,
+        "launcher is killed": 75,
+        "bad configuration": 78,
+        "disagree": 75 * number,
+        "host is cut off": 1,
+    }.get(play, 0)
     line.tell(code=code)
     return code
 
@@ -58,7 +66,8 @@ def main() -> int:
     if sys.argv[1] == "rank":
         return rank(int(sys.argv[2]), *sys.argv[3:])
     play, max_restarts = sys.argv[1], int(sys.argv[2])
-    return supervise(
+    supervisor.GRACE_SECONDS = 4.0
+    return supervisor.supervise(
         lambda address, resume: (
             [sys.executable, __file__, "launcher", play, address, str(resume)],
             dict(os.environ),

@@ -75,6 +75,7 @@ class Play:
         ("disagree", 75),  # the launcher's own code, since the ranks give no common one
         ("launcher knows nothing", 1),  # an end without a word from any rank is no success
         ("launcher leaves a process behind", 0),
+        ("host is cut off", 1),  # and not 137, of the launcher that had to be killed
     ],
 )
 def test_exit_code_is_the_ranks_and_nothing_stays(play: str, code: int) -> None:

@@ -20,7 +20,7 @@ from ranks import _main as rank_main
 from alfb_dist.agreement import agreed
 from alfb_dist.collectives import all_sum, set_timeouts, share_objects
 from alfb_dist.network import choose_interface, interface_of, own_address
-from alfb_dist.peers import PeerError, Peers, failed_exchange
+from alfb_dist.peers import Peer, PeerError, Peers, failed_exchange
 
 
 def met(timeout_seconds: float) -> Peers:
@@ -133,6 +133,11 @@ def place(rank: int) -> tuple[str, bool]:
 def test_a_world_of_one_has_nobody_to_ask() -> None:
     me, _ = place(0)
     assert me == f"rank 0 on {socket.gethostname()} (pid {os.getpid()})"
+
+
+def test_hosts_of_one_name_are_told_apart_by_their_addresses() -> None:
+    assert str(Peer(2, "node", 7, ("10.0.0.9", 4711))) == "rank 2 on node at 10.0.0.9 (pid 7)"
+    assert str(Peer(2, "node", 7, ("127.0.0.1", 4711))) == "rank 2 on node (pid 7)"
 
 
 def broken() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from alfb_dist.cli.launcher import Subcommands
 from alfb_dist.config import ConfigError, load_config
+from alfb_dist.launching.hostfile import read_hostfile
 from alfb_dist.stop import DONE
 
 if TYPE_CHECKING:
@@ -46,15 +47,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _case(arguments: argparse.Namespace) -> Case:
-    from alfb_dist.doctor import Case, read_hosts
+    from alfb_dist.doctor import Case
 
     hosts: dict[str, int] = {}
     refused: tuple[str, ...] = ()
     bad_hostfile, config = "", None
     if arguments.hostfile:
         try:
-            hosts = read_hosts(arguments.hostfile)
-        except (OSError, ValueError) as error:
+            hosts = read_hostfile(arguments.hostfile)
+        except ConfigError as error:
             bad_hostfile = str(error)
     if arguments.config:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from alfb_dist.doctor.case import Case, read_hosts
+from alfb_dist.doctor.case import Case
 from alfb_dist.doctor.device import check_accelerator
 from alfb_dist.doctor.exchange import check_exchange
 from alfb_dist.doctor.hosts import check_hosts
@@ -21,7 +21,7 @@ from alfb_dist.doctor.pitfalls import check_configuration
 from alfb_dist.doctor.result import Result, problem
 from alfb_dist.doctor.tracking import check_wandb
 
-__all__ = ["CHECKS", "Case", "Result", "examine", "read_hosts"]
+__all__ = ["CHECKS", "Case", "Result", "examine"]
 
 Check = Callable[[Case], Iterator[Result]]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alfb_dist.config import Config
@@ -44,12 +43,3 @@ class Case:
         from alfb_dist.estimate import estimate
 
         return estimate(self.config, self.world_size)
-
-
-def read_hosts(path: Path) -> dict[str, int]:
-    """Ranks by host of a DeepSpeed hostfile. ValueError or OSError if it is none."""
-    from deepspeed.launcher.runner import fetch_hostfile
-
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    return dict(fetch_hostfile(str(path)))

@@ -45,7 +45,7 @@ def plan(asked: argparse.Namespace, ep_degree: int) -> Launch:
         hostfile=hostfile,
         nodes=asked.nodes,
         node_rank=asked.node_rank,
-        master_addr=asked.master_addr or _first_address(addresses, asked.nodes),
+        master_addr=asked.master_addr or first_address(addresses, asked.nodes),
         master_port=_port(asked.master_port) if here else asked.master_port or MASTER_PORT,
         launch_host=asked.launch_host or _launch_host(asked.launcher, addresses),
         launcher_args=tuple(shlex.split(asked.launcher_args)),
@@ -92,7 +92,8 @@ def _check_nodes(asked: argparse.Namespace) -> None:
         raise ConfigError(f"--max-restarts ({asked.max_restarts}) must be at least 0")
 
 
-def _first_address(addresses: list[str], nodes: int) -> str:
+def first_address(addresses: list[str], nodes: int = 1) -> str:
+    """Where the ranks meet: the first host's address, as other hosts reach it."""
     if addresses:
         return address_toward(addresses) if addresses[0].startswith("127.") else addresses[0]
     return socket.gethostname() if nodes > 1 else "127.0.0.1"

@@ -75,6 +75,7 @@ def _attempt(started: tuple[list[str], dict[str, str]], lines: Lines, signals: S
     words, environment = started
     launcher = subprocess.Popen(words, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
     idle_since: float | None = None
+    given_up = False
     while True:
         lines.serve(0.1)
         if signals.asked and not lines.stopping:
@@ -92,16 +93,19 @@ def _attempt(started: tuple[list[str], dict[str, str]], lines: Lines, signals: S
         elif idle_since is None:
             idle_since = time.monotonic()
         elif time.monotonic() - idle_since > GRACE_SECONDS:
+            given_up = True
             _kill()
-    return _verdict(launcher.returncode, lines, ranks, stopped=signals.asked)
+    knows = not given_up and launcher.returncode != _SSH_FAILED
+    return _verdict(launcher.returncode, lines, ranks, stopped=signals.asked, launcher_knows=knows)
 
 
-def _verdict(launcher_code: int, lines: Lines, ranks: int | None, *, stopped: bool) -> int:
+def _verdict(launcher_code: int, lines: Lines, ranks: int | None, *, stopped: bool, launcher_knows: bool) -> int:
+    """launcher_knows: its code is about ranks, not about its own end, as where ssh waits for a host that is cut off."""
     told = set(lines.codes.values())
     if BAD_CONFIG in told:
         return BAD_CONFIG
-    if FAILED in told and launcher_code == _SSH_FAILED:
-        return FAILED  # the host that ssh lost is what the others failed by
+    if FAILED in told and not launcher_knows:
+        return FAILED
     if len(told) == 1 and not lines.lost and len(lines.codes) >= (ranks or 1):
         return told.pop()
     if stopped and not told and not lines.lost:
