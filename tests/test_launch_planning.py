@@ -90,6 +90,9 @@ def test_mpirun_over_hosts_takes_variables_along_but_no_secret(
     taken = {words[i + 1] for i, word in enumerate(words) if word == "-x"}
     assert {"NCCL_DEBUG", "PATH", "MASTER_ADDR=127.0.0.1"} <= taken
     assert not {"WANDB_API_KEY", "HF_TOKEN"} & taken
+    assert words[words.index("btl") + 1] == "self,tcp" and words[words.index("coll") + 1] == "^han"
+    own = planned(capsys, "--with", "mpirun", "--hostfile", hostfile, "--launcher-args", "--mca btl ^sm")
+    assert own.count("btl") == 1 and own[own.index("btl") + 1] == "^sm"
 
 
 @pytest.mark.parametrize("given", [(), ("--launcher-args", "--mca btl_tcp_if_include 10.0.0.0/8")])

@@ -67,10 +67,10 @@ def _deepspeed(launch: Launch) -> list[str]:
         words += ["--num_accelerators", str(launch.ranks)]
     arguments = list(launch.launcher_args)
     if launch.launcher == "openmpi":
-        arguments += _mpi_options()
+        # DeepSpeed would name eth0, wherever that leads, and has a btl of its own.
         interface = interface_of(launch.launch_host)
-        if interface and "btl_tcp_if_include" not in arguments:  # or DeepSpeed names eth0, wherever that leads
-            arguments += ["--mca", "btl_tcp_if_include", interface]
+        ours = {"coll": "^han", **({"btl_tcp_if_include": interface} if interface else {})}
+        arguments += [*_mpi_options(), *_unless_given(ours, launch.launcher_args)]
     words += ["--launcher_args", " ".join(arguments)] if arguments else []
     return [*words, "--master_port", str(launch.master_port), "--no_local_rank", "--module", "alfb_dist.cli"]
 
@@ -80,10 +80,23 @@ def _mpi_options() -> list[str]:
     return [*as_root, "--bind-to", "none"]  # bound to a core each, ranks could not share the host's evenly
 
 
+_MPI_OVER_HOSTS = {"btl": "self,tcp", "coll": "^han"}
+"""MPI only lets the ranks find each other. Hosts of one name are one to Open MPI, whose memory they would then share."""
+
+_MPI_NOTICES = {"oob_tcp_keepalive_time": "5", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
+"""A host that is cut off ends its daemon within seconds, not minutes."""
+
+
+def _unless_given(parameters: dict[str, str], arguments: tuple[str, ...], option: str = "--mca") -> list[str]:
+    """The words that set these parameters of Open MPI, without those that a user has set."""
+    return [word for name, value in parameters.items() if name not in arguments for word in (option, name, value)]
+
+
 def _mpirun(launch: Launch) -> list[str]:
     words = [executable("mpirun", "pip install 'alfb_dist[mpi]'"), *_mpi_options(), "-n", str(launch.ranks)]
     if launch.hosts:
-        words += ["--hostfile", str(launch.hostfile)]
+        words += ["--hostfile", str(launch.hostfile), *_unless_given(_MPI_OVER_HOSTS, launch.launcher_args)]
+        words += _unless_given(_MPI_NOTICES, launch.launcher_args, "--prtemca")
         for name, value in variables_for_ranks(launch.master_addr).items():
             words += ["-x", name if os.environ.get(name) == value else f"{name}={value}"]
     else:
