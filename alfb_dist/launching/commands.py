@@ -81,7 +81,7 @@ def _mpi_options() -> list[str]:
 
 
 _MPI_OVER_HOSTS = {"btl": "self,tcp", "coll": "^han"}
-"""MPI only lets the ranks find each other. Hosts of one name are one to Open MPI, whose memory they would then share."""
+"""MPI only lets ranks find each other. Among hosts of one name Open MPI would share memory, and crash."""
 
 _MPI_NOTICES = {"oob_tcp_keepalive_time": "5", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
 """A host that is cut off ends its daemon within seconds, not minutes."""
