@@ -1,10 +1,11 @@
-"""The tutorial, run command by command on two hosts; its run on two hosts is the one on one host, to the last bit."""
+"""Two hosts of two ranks: through each launcher the run of one host, to the last bit; the tutorial as it stands."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hosts.campaign import finished
 from hosts.cluster import Hosts
 from hosts.runs import environment, metrics, same_runs
 from hosts.tutorial import TUTORIAL, commands
@@ -13,6 +14,17 @@ from hosts.tutorial import TUTORIAL, commands
 def test_only_shell_blocks_are_commands() -> None:
     document = "text\n```sh\nfirst\nsecond\n```\n    indented\n```python\nnot this\n```\n```sh\nthird\n```\n"
     assert commands(document) == "set -eux\nfirst\nsecond\nthird\n"
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ep_degree", [4, 2], ids=["ep4", "ep2x2"])
+def test_two_hosts_give_what_one_gives(hosts: Hosts, tmp_path: Path, ep_degree: int) -> None:
+    one = finished(hosts, tmp_path, "one", ep_degree, spread=False)
+    for launcher in ("deepspeed", "mpirun"):
+        two = finished(hosts, tmp_path, launcher, ep_degree, "--with", launcher)
+        assert same_runs(one, two) == []
+    assert [hosts.processes(host) for host in hosts.names] == [[], []]
 
 
 @pytest.mark.hosts

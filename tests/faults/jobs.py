@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -131,6 +133,30 @@ class Job:
             raise TimeoutError(f"still running after {seconds} s\n{self.text()[-3000:]}") from None
         self.until(lambda: not self.processes(), f"no orphan ({[p.cmdline()[:6] for p in self.processes()]})", 60)
         return 128 - code if code < 0 else code
+
+
+def options(document: str, **further: dict[str, Any]) -> argparse.Namespace:
+    """The command line of a campaign: how often, from which seed, under which launchers, and further options."""
+    parser = argparse.ArgumentParser(description=document.split("\n\n")[0])
+    parser.add_argument("--times", type=int, default=1, help="how often each case is tried")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the seeds that say when and where (default: 0)")
+    parser.add_argument("--launcher", choices=LAUNCHERS, action="append", help="only this one")
+    for name, words in further.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **words)
+    return parser.parse_args()
+
+
+def tries(asked: argparse.Namespace, name: str, attempt: Callable[[Path, int], str]) -> int:
+    """How many attempts failed, each in a folder and with a seed of its own; a line tells, after what was wrong."""
+    good = 0
+    for seed in range(asked.first_seed, asked.first_seed + asked.times):
+        with tempfile.TemporaryDirectory(prefix="alfb-faults-") as folder:
+            found = attempt(Path(folder), seed)
+        good += not found
+        if found:
+            print(f"  seed {seed}: {found}", flush=True)
+    print(f"{name} {good}/{asked.times}", flush=True)
+    return int(asked.times) - good
 
 
 def send(job: Job, number: signal.Signals, target: str, choose: Callable[[list[Any]], Any]) -> None:

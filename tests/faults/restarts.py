@@ -6,17 +6,17 @@ very metrics of a run that nothing disturbed.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.jobs import LAUNCHERS, Job, send, watched
+from faults.jobs import Job, options, send, tries, watched
 
 INTERVAL, STEPS = 4, 14
 SETTINGS = (f"train.steps={STEPS}", f"train.checkpoint_interval={INTERVAL}")
@@ -54,22 +54,12 @@ def problem(launcher: str, folder: Path, seed: int, expected: list[dict[str, Any
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--times", type=int, default=1, help="how many ranks are killed under each launcher")
-    parser.add_argument("--launcher", choices=LAUNCHERS, action="append", help="only this one (default: deepspeed)")
-    arguments = parser.parse_args()
-    failures = 0
-    for launcher in arguments.launcher or ["deepspeed"]:
-        good = 0
+    asked, failures = options(__doc__ or ""), 0
+    for launcher in asked.launcher or ["deepspeed"]:
         with tempfile.TemporaryDirectory(prefix="alfb-restarts-") as folder:
             expected = undisturbed(launcher, Path(folder))
-            for seed in range(arguments.times):
-                found = problem(launcher, Path(folder), seed, expected)
-                good += not found
-                if found:
-                    print(f"  seed {seed}: {found}", flush=True)
-        failures += arguments.times - good
-        print(f"{launcher:9} SIGKILL to a rank  {good}/{arguments.times} resumed to the same metrics", flush=True)
+        attempt = partial(problem, launcher, expected=expected)
+        failures += tries(asked, f"{launcher:9} KILL to a rank, resumed to the same metrics", attempt)
     return int(failures > 0)
 
 

@@ -2,22 +2,21 @@
 75 and no process left, each time.
 
     cd tests && python -m faults.signals --times 20
-    cd tests && python -m faults.signals --times 5 --launcher torchrun --by-hand
+    cd tests && python -m faults.signals --times 5 --launcher torchrun --by-hand --signal TERM --target rank
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from faults.jobs import LAUNCHERS, Job, by_hand, send, watched
+from faults.jobs import LAUNCHERS, Job, by_hand, options, send, tries, watched
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -75,23 +74,19 @@ def problem(case: Case, folder: Path, seed: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--times", type=int, default=1, help="how often each case is tried")
-    parser.add_argument("--launcher", choices=LAUNCHERS, action="append", help="only this one")
-    parser.add_argument("--by-hand", action="store_true", help="the launchers by themselves, without alfb launch")
-    arguments = parser.parse_args()
-    launchers = tuple(arguments.launcher or LAUNCHERS)
+    by_hand_help = "the launchers by themselves, without alfb launch"
+    asked = options(
+        __doc__ or "",
+        by_hand={"action": "store_true", "help": by_hand_help},
+        signal={"choices": ("TERM", "INT", "USR1", "KILL"), "action": "append", "help": "only this one"},
+        target={"choices": ("command", "rank", "group", "inside"), "action": "append", "help": "only to this"},
+    )
     failures = 0
-    for case in (cases_by_hand if arguments.by_hand else cases)(launchers):
-        good = 0
-        for seed in range(arguments.times):
-            with tempfile.TemporaryDirectory(prefix="alfb-signals-") as folder:
-                found = problem(case, Path(folder), seed)
-            good += not found
-            if found:
-                print(f"  seed {seed}: {found}", flush=True)
-        failures += arguments.times - good
-        print(f"{case.launcher:9} {case.number.name:7} to {case.target:8} {good}/{arguments.times}", flush=True)
+    for case in (cases_by_hand if asked.by_hand else cases)(tuple(asked.launcher or LAUNCHERS)):
+        number = case.number.name.removeprefix("SIG")
+        if number in (asked.signal or [number]) and case.target in (asked.target or [case.target]):
+            name = f"{case.launcher:9} {number:4} to {case.target:8}"
+            failures += tries(asked, name, partial(problem, case))
     print(f"{failures} failures")
     return int(failures > 0)
 

@@ -1,4 +1,4 @@
-"""Whole runs on two hosts of two ranks: through each launcher, over a bad network, with a host cut off midway.
+"""Whole runs on two hosts of two ranks: through DeepSpeed's openmpi, over a bad network, with a host cut off midway.
 
     make hosts-test          # python -m tests.hosts.campaign [NAME ...]: all checks, or those named; some minutes
 
@@ -50,12 +50,12 @@ def slow(hosts: Hosts, folder: Path) -> str:
         hosts.slow()
 
 
-def cut(hosts: Hosts, folder: Path) -> str:
+def cut(hosts: Hosts, folder: Path, launcher: str) -> str:
     """A host is cut off midway: it is named in time, nothing is left behind, and the run goes on once it is back."""
     steps = ("--set", f"train.steps={CUT_STEPS}", "--set", f"train.checkpoint_interval={SAVE_EVERY}")
     steps += ("--set", "train.eval_interval=0", "--set", f"run.timeout_seconds={TIMEOUT_SECONDS}")
     straight = finished(hosts, folder, "straight", 4, *steps, spread=False)
-    words = ("--set", "parallel.ep_degree=4", "--hostfile", "hosts", *steps)
+    words = ("--set", "parallel.ep_degree=4", "--hostfile", "hosts", "--with", launcher, *steps)
     run = start(hosts, folder, launch(hosts, folder, "cut", *words))
     output = folder / "output"
     metrics = folder / "runs" / "cut" / "metrics.jsonl"
@@ -73,7 +73,7 @@ def cut(hosts: Hosts, folder: Path) -> str:
         wait_for(lambda: not any(hosts.processes(h) for h in hosts.names), 30, "processes are left behind")
     finally:
         hosts.link("host2", up=True)
-    resumed = finished(hosts, folder, "cut", 4, *steps, "--set", "run.resume=true")
+    resumed = finished(hosts, folder, "cut", 4, *steps, "--with", launcher, "--set", "run.resume=true")
     if found := same_runs(straight, resumed):
         raise AssertionError("; ".join(found[:3]))
     return f"named after {seconds:.1f} s ({TIMEOUT_SECONDS} s timeout), exit code 1, no orphan, resumed to the bit"
@@ -89,12 +89,10 @@ def wait_for(true: Callable[[], bool], seconds: float, otherwise: str) -> None:
 
 
 CHECKS: dict[str, Callable[[Hosts, Path], str]] = {
-    "deepspeed-ep4": lambda hosts, folder: same(hosts, folder, 4),
-    "deepspeed-ep2x2": lambda hosts, folder: same(hosts, folder, 2),
-    "mpirun-ep4": lambda hosts, folder: same(hosts, folder, 4, "--with", "mpirun"),
-    "mpirun-ep2x2": lambda hosts, folder: same(hosts, folder, 2, "--with", "mpirun"),
+    "openmpi": lambda hosts, folder: same(hosts, folder, 4, "--with", "openmpi"),
     "slow": slow,
-    "cut": cut,
+    "cut": lambda hosts, folder: cut(hosts, folder, "deepspeed"),
+    "cut-mpirun": lambda hosts, folder: cut(hosts, folder, "mpirun"),
 }
 
 

@@ -78,8 +78,8 @@ def main() -> None:
                     delay,
                     f"{step:.2f} s",
                     f"{inside:.2f} s",
-                    f"{row['exchanges']:.0f}",
                     f"{step - inside:.2f} s",
+                    f"{row['exchanges']:.0f}",
                 )
                 print("| " + " | ".join(cells) + " |", flush=True)
 
