@@ -53,7 +53,7 @@ def test_image_has_an_init_and_a_user_without_privileges(target: str) -> None:
     own = stages()[target]
     users = [line.split()[1] for line in own if line.startswith("USER ")]
     assert users == ["1000:1000"]
-    assert 'ENTRYPOINT ["tini", "--", "alfb"]' in own
+    assert 'ENTRYPOINT ["tini", "--", "alfb"]' in lineage(target)
 
 
 def test_cpu_image_gets_no_compiler_and_cuda_one_for_triton() -> None:

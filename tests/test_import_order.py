@@ -7,11 +7,13 @@ import graphlib
 import importlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 import alfb_dist
 
@@ -89,6 +91,20 @@ def test_module_imports_only_from_its_left(module: str) -> None:
         if imported != ROOT and place(imported) != place(module):
             there = ORDER.index(place(imported))
             assert there < here, f"{module} imports {imported}, which stands right of it"
+
+
+WITH_ANOTHER = {"pydantic_core": "pydantic", "triton": "torch"}  # comes with it, bounds and all
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["mpi"]]
+    declared = {Requirement(text).name.replace("-", "_") for text in requirements}
+    nodes = [node for tree in MODULES.values() for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    others = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {ROOT}
+    assert {WITH_ANOTHER.get(name, name) for name in others} <= declared
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:

@@ -157,6 +157,7 @@ def test_train_job_names_what_its_runtime_has_and_starts_alfb_launch(
     assert (runtime["kind"], job["kind"]) == ("TrainingRuntime", "TrainJob")
     assert job["spec"]["runtimeRef"] == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
     assert job["spec"].keys() <= JOB_KEYS and job["spec"]["trainer"].keys() <= TRAINER_KEYS
+    assert runtime["spec"]["mlPolicy"] == {"numNodes": 1, "torch": {}}  # which has no keys since Trainer 2.2
     (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     assert replicated["name"] == "node"
     assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
