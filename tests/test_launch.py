@@ -98,6 +98,7 @@ def test_a_killed_rank_costs_at_most_an_interval_and_the_run_ends_as_if_nothing_
 
 SRUN = """#!{python}
 import os, subprocess, sys
+assert os.environ["SRUN_CPUS_PER_TASK"] == os.environ["SLURM_CPUS_PER_TASK"]
 words = sys.argv[1:]
 ranks = int(words[words.index("--ntasks") + 1])
 command = words[words.index(sys.executable):]
@@ -120,7 +121,14 @@ def slurm(folder: Path, **variables: str) -> dict[str, str]:
         (folder / "bin" / name).chmod(0o755)
     # An interpreter beside which there is no srun: the one on PATH counts.
     own = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_ID": str(os.getpid())}
-    return {**own, "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_SUBMIT_DIR": str(folder), **variables}
+    return {
+        **own,
+        "SLURM_NTASKS": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_SUBMIT_DIR": str(folder),
+        **variables,
+    }
 
 
 @pytest.mark.launch

@@ -198,6 +198,14 @@ def test_a_host_may_be_known_to_ssh_alone(tmp_path: Path, monkeypatch: pytest.Mo
         address_of("gpu-two")
 
 
+def test_mpirun_takes_the_options_of_ssh_that_pdsh_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F mine")
+    monkeypatch.delenv("PRTE_MCA_plm_ssh_args", raising=False)
+    assert environment.environment_with_exports("10.0.0.7")["PRTE_MCA_plm_ssh_args"] == "-F mine"
+    monkeypatch.setenv("PRTE_MCA_plm_ssh_args", "-F theirs")
+    assert environment.environment_with_exports("10.0.0.7")["PRTE_MCA_plm_ssh_args"] == "-F theirs"
+
+
 def test_exports_of_the_deepspeed_launcher_are_the_users_where_there_are_some(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

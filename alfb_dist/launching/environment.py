@@ -38,14 +38,18 @@ def variables_for_ranks(master_addr: str) -> dict[str, str]:
 
 
 def environment_with_exports(master_addr: str) -> dict[str, str]:
-    """The environment of the deepspeed launcher, which exports to other hosts what a file lists.
+    """The environment of a launcher that starts ranks on other hosts.
 
-    A file of the user's stays the one that counts: DS_ENV_FILE, or .deepspeed_env at home or here.
+    The deepspeed launcher exports to them what a file lists. A file of the user's stays the one that counts:
+    DS_ENV_FILE, or .deepspeed_env at home or here. mpirun's ssh gets the options that pdsh's gets.
     """
+    found = dict(os.environ)
+    if "PDSH_SSH_ARGS_APPEND" in found:
+        found.setdefault("PRTE_MCA_plm_ssh_args", found["PDSH_SSH_ARGS_APPEND"])
     theirs = [Path.home() / ".deepspeed_env", Path(".deepspeed_env")]
-    if "DS_ENV_FILE" in os.environ or any(path.is_file() for path in theirs):
-        return dict(os.environ)
+    if "DS_ENV_FILE" in found or any(path.is_file() for path in theirs):
+        return found
     with tempfile.NamedTemporaryFile("w", prefix="alfb-env-", delete=False) as file:
         file.writelines(f"{name}={value}\n" for name, value in variables_for_ranks(master_addr).items())
     atexit.register(Path(file.name).unlink, missing_ok=True)
-    return {**os.environ, "DS_ENV_FILE": file.name}
+    return {**found, "DS_ENV_FILE": file.name}
