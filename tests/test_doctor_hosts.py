@@ -1,4 +1,4 @@
-"""doctor on hosts and network: who is reached, with which packages and clock, and over which interface."""
+"""doctor on hosts, launchers and network: who is reached, with which packages and clock, and over which interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from doctor_verdicts import Row, case, check_row, put_command, verdicts
 
-from alfb_dist.doctor import hosts, network
+from alfb_dist.doctor import hosts, launchers, network
 from alfb_dist.doctor.case import Case
 from alfb_dist.doctor.hosts import Answer, clock_skew, judge_answer, judge_pdsh
 from alfb_dist.doctor.network import judge_chosen, judge_interface, judge_port
@@ -114,6 +114,22 @@ def test_hosts_are_asked_over_ssh_all_at_once(path: Path) -> None:
 def test_without_a_hostfile_no_host_is_asked_and_a_bad_one_is_a_problem() -> None:
     assert verdicts(hosts.check_hosts(Case())) == {"hosts": "not applicable"}
     assert verdicts(hosts.check_hosts(Case(bad_hostfile="line 2"))) == {"hostfile": "problem"}
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "words"),
+    [
+        ("echo of 1; echo of 1", "warning", "each process is alone"),
+        ("echo of 2; echo of 2", "ok", "met"),
+        ("exec sleep 60", "warning", "did not end"),
+        ("echo no slots >&2; exit 1", "warning", "fails: no slots"),
+    ],
+)
+def test_mpirun_is_tried(path: Path, monkeypatch: pytest.MonkeyPatch, script: str, verdict: str, words: str) -> None:
+    put_command(path, "mpirun", script)
+    monkeypatch.setattr(launchers, "MPI_SECONDS", 3)
+    result = list(launchers.check_launchers(Case()))[-1]
+    assert result.verdict == verdict and words in result.found
 
 
 def test_network_is_seen_as_the_ranks_will_use_it(monkeypatch: pytest.MonkeyPatch) -> None:

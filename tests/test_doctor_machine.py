@@ -1,4 +1,4 @@
-"""How doctor finds the facts of a machine: packages, kernels, launchers, exchange, memory and disk."""
+"""How doctor finds the facts of a machine: packages, kernels, exchange, memory and disk."""
 
 from __future__ import annotations
 
@@ -12,40 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_verdicts import MEASURED, TEST_CONFIG, case, put_command, verdicts
+from doctor_verdicts import MEASURED, TEST_CONFIG, case, verdicts
 
-from alfb_dist.doctor import exchange, kernels, launchers, machine, packages
+from alfb_dist.doctor import exchange, kernels, machine, packages
 from alfb_dist.doctor.case import Case
 from alfb_dist.doctor.device import Device, driver_version
 from alfb_dist.doctor.machine import (
     check_disk,
     check_limits,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is first on PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("script", "verdict", "words"),
-    [
-        ("echo of 1; echo of 1", "warning", "each process is alone"),
-        ("echo of 2; echo of 2", "ok", "met"),
-        ("exec sleep 60", "warning", "did not end"),
-        ("echo no slots >&2; exit 1", "warning", "fails: no slots"),
-    ],
-)
-def test_mpirun_is_tried(path: Path, monkeypatch: pytest.MonkeyPatch, script: str, verdict: str, words: str) -> None:
-    put_command(path, "mpirun", script)
-    monkeypatch.setattr(launchers, "MPI_SECONDS", 3)
-    result = list(launchers.check_launchers(Case()))[-1]
-    assert result.verdict == verdict and words in result.found
 
 
 def test_driver_is_read_from_the_kernel_s_file(tmp_path: Path) -> None:
