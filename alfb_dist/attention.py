@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist import arena
-from alfb_dist.experts.compiler import load
+from alfb_dist.compiler import load
 from alfb_dist.experts.native import torch_blas
 
 log = logging.getLogger(__name__)

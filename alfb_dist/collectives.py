@@ -5,7 +5,7 @@ A group of None is this process alone, where torch.distributed is not up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -72,6 +72,12 @@ def set_timeouts(seconds: float, groups: Iterable[ProcessGroup]) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def timeout_seconds(group: ProcessGroup, device: torch.device) -> float:
+    """How long an exchange in this group waits."""
+    seconds: float = group._get_backend(device).options._timeout.total_seconds()
+    return seconds
+
+
 def broadcast_object(value: Any, group: Group) -> Any:
     """The first rank's value (any plain object) on every rank; collective."""
     box = [value]
@@ -106,25 +112,37 @@ def exchange_row_counts(send_counts: list[int], rows: int, group: ProcessGroup, 
     return [count for (count,) in exchange_notes([[n] for n in send_counts], rows, group, device)]
 
 
-def exchange_notes(notes: list[list[int]], rows: int, group: ProcessGroup, device: torch.device) -> list[list[int]]:
+def exchange_notes(
+    notes: list[list[int]],
+    rows: int,
+    group: ProcessGroup,
+    device: torch.device,
+    swap: Callable[[list[list[int]]], list[list[int]]] | None = None,
+) -> list[list[int]]:
     """What each rank of the group notes for this one, as it notes something for each, in rank order; collective.
 
     A note is a number of rows and as many other numbers as all ranks agree on. The rows noted must sum to `rows`. A
     rank whose counts do not add up tells the others, and RuntimeError naming it is raised on every rank: a wrong size
-    would otherwise be silent (stale rows) or abort the receiver.
+    would otherwise be silent (stale rows) or abort the receiver. swap: another way than an all-to-all of the group.
     """
     counts = [note[0] for note in notes]
     wrong = len(counts) != group.size() or sum(counts) != rows or min(counts) < 0
     width = len(notes[0]) if notes else 1
-    sent = torch.tensor([[-1] * width] * group.size() if wrong else notes, dtype=torch.int64, device=device)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    told: list[list[int]] = received.tolist()
+    going = [[-1] * width] * group.size() if wrong else notes
+    told = _swap_numbers(going, group, device) if swap is None else swap(going)
     if any(count < 0 for count, *_ in told):
         ranks = [dist.get_global_rank(group, r) for r, (count, *_) in enumerate(told) if count < 0]
         mine = f"; here {counts} for {rows} rows" if wrong else ""
         raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {ranks}{mine}")
     return told
+
+
+def _swap_numbers(numbers: list[list[int]], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    sent = torch.tensor(numbers, dtype=torch.int64, device=device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    numbers_by_rank: list[list[int]] = received.tolist()
+    return numbers_by_rank
 
 
 def all_gather_numbers(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:

@@ -2,23 +2,26 @@
 
 Ranks of one machine read each other's messages from memory; the others get theirs by an all-to-all of bytes. With
 messages in memory comes a small exchange of notes: it tells that a message is there, and that the one before has been
-read. All that waits goes through torch.distributed, with its time-outs and its errors.
+read. Notes go by memory too where all ranks of the group can (mailbox.py), else through torch.distributed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alfb_dist import shared_memory
-from alfb_dist.collectives import all_gather_numbers, all_to_all_bytes, exchange_notes
+from alfb_dist import mailbox, shared_memory
+from alfb_dist.collectives import all_gather_numbers, all_to_all_bytes, exchange_notes, timeout_seconds
+from alfb_dist.mailbox import Mailbox
 from alfb_dist.profiling import span
 from alfb_dist.shared_memory import Outbox, Outboxes, Peer
 
@@ -45,22 +48,34 @@ class Layout:
         ]
 
 
-def _meet(group: ProcessGroup, device: torch.device) -> tuple[list[Peer | None], bool, bool]:
-    """(by rank, the peer whose memory this one reads and who reads its, any such pair?, only such pairs?); collective.
+@dataclass(frozen=True)
+class _Neighbors:
+    """How messages and notes go in a group of ranks."""
 
-    Whether a rank can read another's memory is tried, not assumed.
-    """
-    rank, trial, card = group.rank(), None, [0] * 5
+    peers: list[Peer | None]  # by rank: whose memory this rank reads, and who reads its
+    all_pairs: bool  # every rank reads every other's
+    any_pair: bool
+    mailbox: Mailbox | None
+
+
+def _meet(group: ProcessGroup, device: torch.device) -> _Neighbors:
+    """Whether a rank can read another's memory is tried, not assumed; collective."""
+    rank, trial, board, card = group.rank(), None, None, [0] * 6
     if device.type == "cpu" and shared_memory.available():
         trial, secret = Outbox(8), int.from_bytes(os.urandom(7), "little")
         trial.bytes[:8] = torch.tensor([secret]).view(torch.uint8)
-        card = [os.getpid(), shared_memory.network(), secret, trial.file, trial.capacity]
+        board = mailbox.board(group.size())
+        files = (trial.file, trial.capacity, 0 if board is None else board.file)
+        card = [os.getpid(), shared_memory.network(), secret, *files]
     cards = all_gather_numbers(card, group, device)
-    reads = [int(trial is not None and r != rank and _reads(*theirs)) for r, theirs in enumerate(cards)]
+    reads = [int(trial is not None and r != rank and _reads(*theirs[:5])) for r, theirs in enumerate(cards)]
     table = all_gather_numbers(reads, group, device)
     pairs = {(i, j): bool(table[i][j] and table[j][i]) for i in range(len(table)) for j in range(len(table)) if i != j}
     peers = [Peer(theirs[0]) if pairs.get((rank, r)) else None for r, theirs in enumerate(cards)]
-    return peers, any(pairs.values()), all(pairs.values())
+    boards, box = [theirs[5] for theirs in cards], None
+    if board is not None and all(pairs.values()) and all(boards):
+        box = Mailbox(rank, board, peers, boards, lambda: timeout_seconds(group, device))
+    return _Neighbors(peers, all(pairs.values()), any(pairs.values()), box)
 
 
 def _reads(pid: int, network: int, secret: int, file: int, capacity: int) -> bool:
@@ -72,14 +87,22 @@ def _reads(pid: int, network: int, secret: int, file: int, capacity: int) -> boo
         return False
 
 
+def _places(going: list[Layout], peers: list[Peer | None]) -> tuple[list[int], int]:
+    """(where each rank's message starts, bytes in all): first those that go through the network, in rank order."""
+    starts, total = [0] * len(going), 0
+    by_memory = [peer is not None for peer in peers]
+    for r in sorted(range(len(going)), key=by_memory.__getitem__):
+        starts[r], total = total, total + going[r].num_bytes
+    return starts, total
+
+
 class Exchange:
     """The exchanges of one group of ranks, all on one kind of device."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.rank, self.num_ranks = group.rank(), group.size()
         self._group = group
-        self._peers: list[Peer | None] | None = None
-        self._by_memory = self._all_by_memory = False
+        self._met: _Neighbors | None = None
         self._outboxes: Outboxes | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
@@ -107,37 +130,30 @@ class Exchange:
         self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None
     ) -> tuple[list[list[Tensor]], list[int]]:
         like, device = [source for source, _ in rows], rows[0][0].device
-        if self._peers is None:
-            self._peers, self._by_memory, self._all_by_memory = _meet(self._group, device)
-            self._outboxes = Outboxes() if any(self._peers) else None
-        going = self._layouts(like, send_counts)
-        starts, num_bytes = self._places(going)
+        if self._met is None:
+            self._met = _meet(self._group, device)
+            self._outboxes = Outboxes() if any(self._met.peers) else None
+        met, going = self._met, self._layouts(like, send_counts)
+        starts, num_bytes = _places(going, met.peers)
         box = None if self._outboxes is None else self._outboxes.next(num_bytes)
         message = torch.empty(num_bytes, dtype=torch.uint8, device=device) if box is None else box.bytes
         self._pack(message, rows, send_counts, going, starts)
 
         where = (0, 0) if box is None else (box.file, box.capacity)
         notes = [[n, *where, start] for n, start in zip(send_counts, starts)]
-        if receive_counts is None or self._by_memory:
+        if receive_counts is None or met.any_pair:
             source, index = rows[0]
-            notes = exchange_notes(notes, source.shape[0] if index is None else index.numel(), self._group, device)
+            num_rows = source.shape[0] if index is None else index.numel()
+            swap = None if met.mailbox is None else met.mailbox.swap
+            notes = exchange_notes(notes, num_rows, self._group, device, swap)
             told = [count for count, *_ in notes]
             if receive_counts is not None and told != receive_counts:
                 raise RuntimeError(f"the ranks of the group send {told} rows, not {receive_counts} as was agreed")
             receive_counts = told
-        return self._receive(message, going, self._layouts(like, receive_counts), notes), receive_counts
+        return self._receive(met, message, going, self._layouts(like, receive_counts), notes), receive_counts
 
     def _layouts(self, like: list[Tensor], counts: list[int]) -> list[Layout]:
         return [Layout(like, 0 if r == self.rank else n) for r, n in enumerate(counts)]
-
-    def _places(self, going: list[Layout]) -> tuple[list[int], int]:
-        """(where each rank's message starts, bytes in all): first those that go through the network, in rank order."""
-        assert self._peers is not None
-        starts, total = [0] * self.num_ranks, 0
-        by_memory = [peer is not None for peer in self._peers]
-        for r in sorted(range(self.num_ranks), key=by_memory.__getitem__):
-            starts[r], total = total, total + going[r].num_bytes
-        return starts, total
 
     def _pack(
         self, message: Tensor, rows: Sequence[Rows], counts: list[int], going: list[Layout], starts: list[int]
@@ -154,21 +170,20 @@ class Exchange:
                     torch.index_select(source, 0, index[part], out=view)
 
     def _receive(
-        self, message: Tensor, going: list[Layout], coming: list[Layout], notes: list[list[int]]
+        self, met: _Neighbors, message: Tensor, going: list[Layout], coming: list[Layout], notes: list[list[int]]
     ) -> list[list[Tensor]]:
-        assert self._peers is not None
         arrived: list[Tensor | None] = [None] * self.num_ranks
-        if not self._all_by_memory:
+        if not met.all_pairs:
             sent, received = (
-                [0 if peer else layout.num_bytes for peer, layout in zip(self._peers, layouts)]
+                [0 if peer else layout.num_bytes for peer, layout in zip(met.peers, layouts)]
                 for layouts in (going, coming)
             )
             arrived = list(all_to_all_bytes(message[: sum(sent)], sent, received, self._group))
-        for r, (peer, layout, (_, file, capacity, start)) in enumerate(zip(self._peers, coming, notes)):
+        for r, (peer, layout, (_, file, capacity, start)) in enumerate(zip(met.peers, coming, notes)):
             if peer is not None:
                 try:
                     arrived[r] = peer.read(file, capacity, start, layout.num_bytes)
                 except OSError as error:
-                    raise RuntimeError(f"rank {r} of the group ended before its rows were read ({error})") from error
+                    raise dist.DistError(f"rank {r} of the group ended before its rows were read: {error.strerror}") from error
         nothing = message[:0]
         return [layout.views(nothing if part is None else part) for layout, part in zip(coming, arrived)]

@@ -27,6 +27,7 @@ from alfb_dist.network import own_address
 
 ANSWER_SECONDS = 1.0
 LINGER_SECONDS = 1.0  # a failed rank still answers so long, or others would take it for the one that failed first
+_WAITING = ("distributed_c10d.py", "mailbox.py")  # files whose functions wait for other ranks
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -125,7 +126,7 @@ class Peers:
         while frame is not None:
             frames.append(frame)
             frame = frame.f_back
-        waits = self._ending or any(Path(f.f_code.co_filename).name == "distributed_c10d.py" for f in frames)
+        waits = self._ending or any(Path(f.f_code.co_filename).name in _WAITING for f in frames)
         return {"step": self.step, "where": _place(frames[::-1]), "waits": waits, "failure": self._failure}
 
     def close(self) -> None:
@@ -158,11 +159,14 @@ def _ask(peer: Peer, question: dict[str, str]) -> dict[str, Any]:
     try:
         with socket.create_connection(peer.address, timeout=ANSWER_SECONDS) as line:
             line.sendall(json.dumps(question).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(line.makefile().readline())
+            words = line.makefile().readline()
+            if not words:
+                raise ConnectionResetError
+            answer: dict[str, Any] = json.loads(words)
             return answer
     except TimeoutError:
         return {"silent": "no answer (stopped, or its host is cut off)"}
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return {"silent": "the process is gone"}
     except (OSError, ValueError) as error:
         return {"silent": f"not reached ({error})"}

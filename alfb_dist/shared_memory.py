@@ -68,15 +68,26 @@ class Peer:
         self.pid = pid
         self._open: dict[tuple[int, int], Tensor] = {}  # by file and capacity, the latest last
 
+    def _path(self, file: int) -> str:
+        return f"/proc/{self.pid}/fd/{file}"
+
+    def has(self, file: int) -> bool:
+        """Whether it still has this file open, which a process that has ended has not."""
+        return os.path.exists(self._path(file))
+
+    def open(self, file: int, capacity: int) -> Tensor:
+        """All of an outbox, as it is now and will be; OSError if it cannot be read."""
+        descriptor = os.open(self._path(file), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return _mapped(descriptor, capacity)
+        finally:
+            os.close(descriptor)
+
     def read(self, file: int, capacity: int, start: int, num_bytes: int) -> Tensor:
         """These bytes of its outbox, as they are now and will be; OSError if it cannot be read."""
         box = self._open.pop((file, capacity), None)
         if box is None:
-            descriptor = os.open(f"/proc/{self.pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                box = _mapped(descriptor, capacity)
-            finally:
-                os.close(descriptor)
+            box = self.open(file, capacity)
         self._open[file, capacity] = box
         if len(self._open) > 2:  # one that it has replaced
             del self._open[next(iter(self._open))]

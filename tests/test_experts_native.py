@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.experts import compiler, expert_mlp, expert_mlp_reference, native
+from alfb_dist import compiler
+from alfb_dist.experts import expert_mlp, expert_mlp_reference, native
 from alfb_dist.experts.plain import plain_mlp
 
 ACT = nn.SiLU()

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ranks import _main as rank_main
 
 from alfb_dist.agreement import agreed
 from alfb_dist.collectives import all_sum, set_timeouts, share_objects
+from alfb_dist.exchange import Exchange
 from alfb_dist.network import choose_interface, interface_of, own_address
 from alfb_dist.peers import Peer, PeerError, Peers, failed_exchange
 
@@ -32,13 +34,18 @@ def met(timeout_seconds: float) -> Peers:
     return peers
 
 
-def exchange() -> None:
-    all_sum(torch.ones(1), dist.group.WORLD)
+def exchange_by(way: str) -> Callable[[], None]:
+    """Something that needs the other two ranks: a sum of all, or rows to each."""
+    assert dist.group.WORLD is not None
+    exchange = Exchange(dist.group.WORLD)
+    if way == "rows":
+        return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1]) and None
+    return lambda: all_sum(torch.ones(1), dist.group.WORLD) and None
 
 
-def someone_stops(kind: str) -> None:
+def someone_stops(kind: str, way: str) -> None:
     """In step 3 rank 1 stops, dies, is late or fails; what the ranks that are left are told, and after how long."""
-    peers = met(2.0)
+    peers, exchange = met(2.0), exchange_by(way)
     others = {peer.rank: peer for peer in peers.others}
     begun = time.monotonic()
     try:
@@ -60,6 +67,7 @@ def someone_stops(kind: str) -> None:
 
 
 def stop_here(kind: str) -> None:
+    time.sleep(0.5)  # the others have read what came before
     if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "killed":
@@ -76,17 +84,17 @@ def leave(message: str, seconds: float) -> None:
     os._exit(0)
 
 
-def in_folder(folder: str, kind: str) -> None:
+def in_folder(folder: str, kind: str, way: str) -> None:
     os.environ["SEEN"] = folder
-    someone_stops(kind)
+    someone_stops(kind, way)
 
 
-def seen_after(kind: str, folder: Path) -> dict[int, tuple[float, str]]:
+def seen_after(kind: str, way: str, folder: Path) -> dict[int, tuple[float, str]]:
     """What each of three ranks left: the seconds it waited and its error. All run on until they end by themselves."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     processes = [
-        context.Process(target=rank_main, args=(in_folder, rank, 3, str(folder), (str(folder), kind)), daemon=True)
+        context.Process(target=rank_main, args=(in_folder, rank, 3, str(folder), (str(folder), kind, way)), daemon=True)
         for rank in range(3)
     ]
     for process in processes:
@@ -100,19 +108,22 @@ def seen_after(kind: str, folder: Path) -> dict[int, tuple[float, str]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "way", "told"),
     [
-        ("stopped", "no answer (stopped, or its host is cut off): rank 1 on "),
-        ("killed", "the process is gone: rank 1 on "),
-        ("late", "still at step 3, agreed: rank 1 on "),
-        ("failed", "failed at step 3, the loop: ValueError: a damaged file"),
+        ("stopped", "sum", "no answer (stopped, or its host is cut off): rank 1 on "),
+        ("killed", "sum", "the process is gone: rank 1 on "),
+        ("late", "sum", "still at step 3, agreed: rank 1 on "),
+        ("failed", "sum", "failed at step 3, the loop: ValueError: a damaged file"),
+        ("stopped", "rows", "no answer (stopped, or its host is cut off): rank 1 on "),
+        ("killed", "rows", "the process is gone: rank 1 on "),
+        ("late", "rows", "still at step 3, agreed: rank 1 on "),
     ],
 )
-def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, kind: str, told: str) -> None:
-    seen = seen_after(kind, tmp_path)
+def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, kind: str, way: str, told: str) -> None:
+    seen = seen_after(kind, way, tmp_path)
     for rank in (0, 2):
         waited, message = seen[rank]
-        assert message.startswith("step 3, all_sum: "), message
+        assert message.startswith(("step 3, all_sum: ", "step 3, swap > ")), message
         assert told in message
         assert f"This is rank {rank} on " in message
         assert message.count("rank 0") + message.count("rank 2") == 1  # the one to blame, and oneself

@@ -61,7 +61,7 @@ def kernel_difference() -> float:
 
 def check_kernels(case: Case) -> Iterator[Result]:
     """The compiled kernels of this machine."""
-    from alfb_dist.experts.compiler import find_compiler
+    from alfb_dist.compiler import find_compiler
     from alfb_dist.experts.native import library
 
     cuda = uses_cuda()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alfb_dist import arena
-from alfb_dist.experts.compiler import load
+from alfb_dist.compiler import load
 
 PIECE_ROWS = 512
 """Rows of one expert that are worked on at once: large enough for the products, small enough for the cache."""

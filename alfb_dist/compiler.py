@@ -63,10 +63,11 @@ def load(source: Path) -> ctypes.CDLL | None:
     compiler = find_compiler()
     if os.environ.get("ALFB_NATIVE") == "0" or compiler is None:
         log.info(
-            "plain torch between the experts' products: %s", "no C compiler" if compiler is None else "ALFB_NATIVE=0"
+            "no compiled passes, plain torch in their place: %s",
+            "no C compiler" if compiler is None else "ALFB_NATIVE=0",
         )
         return None
-    texts = [file.read_text() for file in (source, *sorted(Path(__file__).parent.glob("*.h")))]
+    texts = [file.read_text() for file in (source, *sorted(Path(__file__).parent.rglob("*.h")))]
     key = hashlib.sha256("\0".join([*texts, *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
     library = cache_folder() / f"{source.stem}-{key}.so"
     try:
@@ -74,5 +75,5 @@ def load(source: Path) -> ctypes.CDLL | None:
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
-        log.info("plain torch between the experts' products: %s", error)
+        log.info("no compiled passes, plain torch in their place: %s", error)
         return None
