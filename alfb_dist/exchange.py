@@ -184,6 +184,6 @@ class Exchange:
                 try:
                     arrived[r] = peer.read(file, capacity, start, layout.num_bytes)
                 except OSError as error:
-                    raise dist.DistError(f"rank {r} of the group ended before its rows were read: {error.strerror}") from error
+                    raise dist.DistError(f"rank {r} of the group ended, its rows unread: {error.strerror}") from error
         nothing = message[:0]
         return [layout.views(nothing if part is None else part) for layout, part in zip(coming, arrived)]
