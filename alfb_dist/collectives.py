@@ -112,29 +112,33 @@ def exchange_row_counts(send_counts: list[int], rows: int, group: ProcessGroup, 
     return [count for (count,) in exchange_notes([[n] for n in send_counts], rows, group, device)]
 
 
-def exchange_notes(
-    notes: list[list[int]],
-    rows: int,
-    group: ProcessGroup,
-    device: torch.device,
-    swap: Callable[[list[list[int]]], list[list[int]]] | None = None,
-) -> list[list[int]]:
+def exchange_notes(notes: list[list[int]], rows: int, group: ProcessGroup, device: torch.device) -> list[list[int]]:
     """What each rank of the group notes for this one, as it notes something for each, in rank order; collective.
 
     A note is a number of rows and as many other numbers as all ranks agree on. The rows noted must sum to `rows`. A
     rank whose counts do not add up tells the others, and RuntimeError naming it is raised on every rank: a wrong size
-    would otherwise be silent (stale rows) or abort the receiver. swap: another way than an all-to-all of the group.
+    would otherwise be silent (stale rows) or abort the receiver.
     """
-    counts = [note[0] for note in notes]
-    wrong = len(counts) != group.size() or sum(counts) != rows or min(counts) < 0
-    width = len(notes[0]) if notes else 1
-    going = [[-1] * width] * group.size() if wrong else notes
-    told = _swap_numbers(going, group, device) if swap is None else swap(going)
-    if any(count < 0 for count, *_ in told):
-        ranks = [dist.get_global_rank(group, r) for r, (count, *_) in enumerate(told) if count < 0]
-        mine = f"; here {counts} for {rows} rows" if wrong else ""
-        raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {ranks}{mine}")
+    going, problem = notes_to_send(notes, rows, group)
+    told = _swap_numbers(going, group, device)
+    check_notes(told, group, problem)
     return told
+
+
+def notes_to_send(notes: list[list[int]], rows: int, group: ProcessGroup) -> tuple[list[list[int]], str]:
+    """(the notes, ""), or where their rows do not add up (what tells everyone so in `check_notes`, what is wrong)."""
+    counts = [note[0] for note in notes]
+    if len(counts) == group.size() and sum(counts) == rows and min(counts) >= 0:
+        return notes, ""
+    width = len(notes[0]) if notes else 1
+    return [[-1] * width] * group.size(), f"; here {counts} for {rows} rows"
+
+
+def check_notes(told: list[list[int]], group: ProcessGroup, problem: str) -> None:
+    """Nothing, or RuntimeError naming the ranks whose row counts did not add up. problem: of this rank's own."""
+    wrong = [dist.get_global_rank(group, r) for r, (count, *_) in enumerate(told) if count < 0]
+    if wrong:
+        raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {wrong}{problem}")
 
 
 def _swap_numbers(numbers: list[list[int]], group: ProcessGroup, device: torch.device) -> list[list[int]]:
@@ -154,12 +158,21 @@ def all_gather_numbers(numbers: list[int], group: ProcessGroup, device: torch.de
     return numbers_by_rank
 
 
-def all_to_all_bytes(
+def start_all_to_all_bytes(
     sent: Tensor, send_sizes: list[int], receive_sizes: list[int], group: ProcessGroup
-) -> list[Tensor]:
-    """The bytes that each rank of the group sent to this one, in rank order; collective. Sizes must be agreed on."""
-    received = _all_to_all(sent, send_sizes, receive_sizes, group)
-    return list(received.split(receive_sizes))
+) -> Callable[[], list[Tensor]]:
+    """Bytes are on their way to the other ranks of the group; call what is returned for those that come, in rank order.
+
+    Collective. Sizes must be agreed on; what is sent must stay as it is until then.
+    """
+    received = sent.new_empty(sum(receive_sizes))
+    work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        work.wait()
+        return list(received.split(receive_sizes))
+
+    return finish
 
 
 def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:

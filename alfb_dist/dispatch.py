@@ -16,23 +16,37 @@ import torch
 from torch import Tensor
 
 from alfb_dist import arena
-from alfb_dist.exchange import Exchange
+from alfb_dist.exchange import Exchange, Underway
 
 
 @dataclass
 class Route:
-    """The way back for the rows of one dispatch."""
+    """The way of the rows of one dispatch, there and back."""
 
     exchange: Exchange
     num_tokens: int
     token_N: Tensor  # int64: which token of this rank each sent row is
+    empty_NK: Tensor  # bool: which slots of a sent row are empty
     send_counts: list[int]  # rows for each rank of the group, this one included
-    receive_counts: list[int]  # rows from each rank of the group, this one included
+    receive_counts: list[int]  # rows from each rank of the group, this one included; as they arrive
 
     @property
     def rank(self) -> int:
         """This rank's place in the group. Its own rows are counted as sent and received, but go nowhere."""
         return self.exchange.rank
+
+
+@dataclass
+class Sent:
+    """Tokens on their way to their experts; or that stay, where there is no route."""
+
+    x_TD: Tensor
+    weights: Tensor  # (N, K) of the sent rows, or (T, K)
+    expert_ids: Tensor  # the same; int32 and local to the receiving rank, or as they are
+    route: Route | None = None
+    ticket: Tensor | None = None  # of one number; leads the backward from what arrives to what was sent
+    underway: Underway | None = None  # in the forward the rows, in the backward their gradients
+    own_grads: tuple[Tensor, Tensor] | None = None  # in the backward: what this rank need not send to itself
 
 
 def _parts(counts: list[int]) -> list[slice]:
@@ -46,26 +60,38 @@ def destinations(expert_ids_TK: Tensor, num_local_experts: int, num_ranks: int) 
     return goes_PT.scatter_(0, rank_TK.T, True)[:num_ranks]
 
 
-def dispatch(
+def send(
     x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, exchange: Exchange | None
-) -> tuple[Tensor, Tensor, Tensor, Route | None]:
-    """Every token is where its experts are: (rows_RD, expert_ids_RK, weights_RK, route); collective, differentiable.
+) -> Sent:
+    """Every token is on its way to where its experts are; collective, differentiable. `receive` must follow.
 
+    What is computed in between costs no time while rows are underway, nor in the backward while their gradients are.
     expert_ids_TK: int64 in [0, E]; E marks an empty slot. Expert i belongs to rank i // num_local_experts of the group.
-    In expert_ids_RK, ids are local, in [0, num_local_experts); an empty slot holds num_local_experts and weight 0.
-    Without an exchange (or with one rank) the tokens stay as they are and the route is None.
+    Without an exchange (or with one rank) the tokens stay as they are and there is no route.
     """
     if exchange is None or exchange.num_ranks == 1:
-        return x_TD, expert_ids_TK, weights_TK, None
+        return Sent(x_TD, weights_TK, expert_ids_TK)
     goes_PT = destinations(expert_ids_TK, num_local_experts, exchange.num_ranks)
     rank_N, token_N = goes_PT.nonzero(as_tuple=True)
-    route = Route(exchange, x_TD.shape[0], token_N, goes_PT.sum(1).tolist(), [])
-
     local_NK = expert_ids_TK.index_select(0, token_N) - (rank_N * num_local_experts)[:, None]
     empty_NK = (local_NK < 0) | (local_NK >= num_local_experts)
     local_NK = local_NK.masked_fill_(empty_NK, num_local_experts).to(torch.int32)
-    rows_RD, weights_RK, ids_RK = _Dispatch.apply(x_TD, weights_TK, local_NK, empty_NK, route)
-    return rows_RD, ids_RK, weights_RK, route
+    route = Route(exchange, x_TD.shape[0], token_N, empty_NK, goes_PT.sum(1).tolist(), [])
+    weights_NK = weights_TK.detach().index_select(0, token_N).masked_fill_(empty_NK, 0)
+    sent = Sent(x_TD.detach(), weights_NK, local_NK, route)
+    sent.ticket = _Send.apply(x_TD, weights_TK, sent)
+    return sent
+
+
+def receive(sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token is where its experts are: (rows_RD, expert_ids_RK, weights_RK); collective, differentiable.
+
+    The ids are local, in [0, num_local_experts); an empty slot holds num_local_experts and weight 0.
+    """
+    if sent.route is None:
+        return sent.x_TD, sent.expert_ids, sent.weights
+    rows_RD, weights_RK, ids_RK = _Receive.apply(sent.ticket, sent)
+    return rows_RD, ids_RK, weights_RK
 
 
 def combine(rows_RD: Tensor, route: Route | None) -> Tensor:
@@ -101,32 +127,54 @@ def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     return total_TD
 
 
-class _Dispatch(torch.autograd.Function):
-    """Tokens out; their gradients back, and summed."""
+class _Send(torch.autograd.Function):
+    """Tokens out; in the backward their gradients arrive, and are summed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, local_NK: Tensor, empty_NK: Tensor, route: Route
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights_NK = weights_TK.index_select(0, route.token_N).masked_fill_(empty_NK, 0)
-        sent = [(x_TD, route.token_N), (weights_NK, None), (local_NK, None)]
-        arrived, route.receive_counts = route.exchange.swap(sent, route.send_counts)
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, sent: Sent) -> Tensor:
+        assert sent.route is not None
+        rows = [(x_TD, sent.route.token_N), (sent.weights, None), (sent.expert_ids, None)]
+        sent.underway = sent.route.exchange.start(rows, sent.route.send_counts)
+        ctx.sent, ctx.top_k = sent, weights_TK.shape[1]
+        return x_TD.new_zeros(1)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        sent, route = ctx.sent, ctx.sent.route
+        arrived, _counts = route.exchange.finish(sent.underway)
+        (grad_rows_RD, grad_weights_RK), sent.underway, sent.own_grads = sent.own_grads, None, None
+        rows, weights = map(list, zip(*arrived))
+        grad_weights_NK = _join(grad_weights_RK, route.receive_counts, weights, route).masked_fill_(route.empty_NK, 0)
+        grad_weights_TK = grad_weights_NK.new_zeros(route.num_tokens, ctx.top_k)
+        grad_weights_TK.index_add_(0, route.token_N, grad_weights_NK)
+        return _add_up(grad_rows_RD, rows, route), grad_weights_TK, None
+
+
+class _Receive(torch.autograd.Function):
+    """Tokens in; in the backward their gradients go back."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+        route = sent.route
+        assert route is not None and sent.underway is not None
+        arrived, route.receive_counts = route.exchange.finish(sent.underway)
         rows, weights, ids = map(list, zip(*arrived))
-        ids_RK = _join(local_NK, route.send_counts, ids, route).to(torch.int64)
-        ctx.route, ctx.empty_NK = route, empty_NK
+        rows_RD = _gather(sent.x_TD, rows, route)
+        weights_RK = _join(sent.weights, route.send_counts, weights, route)
+        ids_RK = _join(sent.expert_ids, route.send_counts, ids, route).to(torch.int64)
+        sent.x_TD = sent.weights = sent.expert_ids = ids_RK[:0]  # they are not kept for the backward
+        sent.underway = None
+        ctx.sent, ctx.like = sent, ticket.new_zeros(1)
         ctx.mark_non_differentiable(ids_RK)
-        return _gather(x_TD, rows, route), _join(weights_NK, route.send_counts, weights, route), ids_RK
+        return rows_RD, weights_RK, ids_RK
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        route, (grad_rows_RD, grad_weights_RK, _) = ctx.route, grads
-        sent = [(grad_rows_RD, None), (grad_weights_RK, None)]
-        arrived, _ = route.exchange.swap(sent, route.receive_counts, route.send_counts)
-        rows, weights = map(list, zip(*arrived))
-        grad_weights_NK = _join(grad_weights_RK, route.receive_counts, weights, route).masked_fill_(ctx.empty_NK, 0)
-        grad_weights_TK = grad_weights_NK.new_zeros(route.num_tokens, grad_weights_NK.shape[1])
-        grad_weights_TK.index_add_(0, route.token_N, grad_weights_NK)
-        return _add_up(grad_rows_RD, rows, route), grad_weights_TK, None, None, None
+        sent, (grad_rows_RD, grad_weights_RK, _) = ctx.sent, grads
+        route, rows = sent.route, [(grad_rows_RD, None), (grad_weights_RK, None)]
+        sent.underway = route.exchange.start(rows, route.receive_counts, route.send_counts)
+        sent.own_grads = grad_rows_RD, grad_weights_RK
+        return ctx.like, None
 
 
 class _Combine(torch.autograd.Function):

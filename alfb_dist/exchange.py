@@ -8,8 +8,8 @@ read. Notes go by memory too where all ranks of the group can (mailbox.py), else
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from alfb_dist import mailbox, shared_memory
-from alfb_dist.collectives import all_gather_numbers, all_to_all_bytes, exchange_notes, timeout_seconds
+from alfb_dist.collectives import (
+    all_gather_numbers,
+    check_notes,
+    exchange_notes,
+    notes_to_send,
+    start_all_to_all_bytes,
+    timeout_seconds,
+)
 from alfb_dist.mailbox import Mailbox
 from alfb_dist.profiling import span
 from alfb_dist.shared_memory import Outbox, Outboxes, Peer
@@ -96,6 +103,31 @@ def _places(going: list[Layout], peers: list[Peer | None]) -> tuple[list[int], i
     return starts, total
 
 
+@dataclass
+class Underway:
+    """An exchange that has been started."""
+
+    like: list[Tensor]  # of no rows: the types and shapes of what is exchanged
+    nothing: Tensor
+    receive_counts: list[int] | None
+    notes: list[list[int]] = field(default_factory=list)  # of each rank for this one, once they are there
+    problem: str = ""  # with the rows that this rank was to send
+    network: Callable[[], list[Tensor]] | None = None  # gives what comes by it, by rank
+
+    @property
+    def counts(self) -> list[int]:
+        """The rows that each rank sends to this one."""
+        assert self.receive_counts is not None
+        return self.receive_counts
+
+    def agree(self) -> None:
+        """The rows are as many as the notes say; RuntimeError if other numbers were agreed on."""
+        told = [count for count, *_ in self.notes]
+        if self.receive_counts is not None and told != self.receive_counts:
+            raise RuntimeError(f"the ranks of the group send {told} rows, not {self.receive_counts} as was agreed")
+        self.receive_counts = told
+
+
 class Exchange:
     """The exchanges of one group of ranks, all on one kind of device."""
 
@@ -103,6 +135,7 @@ class Exchange:
         self.rank, self.num_ranks = group.rank(), group.size()
         self._group = group
         self._met: _Neighbors | None = None
+        self._underway = False
         self._outboxes: Outboxes | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
@@ -116,19 +149,21 @@ class Exchange:
     def swap(
         self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None = None
     ) -> tuple[list[list[Tensor]], list[int]]:
-        """What each rank sent to this one, and how many rows; collective.
+        """What each rank sent to this one, and how many rows; collective. See `start` and `finish`."""
+        return self.finish(self.start(rows, send_counts, receive_counts))
+
+    def start(self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None = None) -> Underway:
+        """Rows are on their way to the other ranks; collective. `finish` must follow before the next start.
 
         send_counts: rows for each rank, in rank order. This rank's own are counted but go nowhere.
         receive_counts: as an earlier swap told them, or None where they are to be told now.
-        Returns by rank a tensor for each of `rows` (for this one: of no rows), to be read before the next swap; and the
-        rows by rank. Raises RuntimeError on every rank if one of them has counts that do not add up.
         """
         with span("exchange"):
-            return self._swap(rows, send_counts, receive_counts)
+            return self._start(rows, send_counts, receive_counts)
 
-    def _swap(
-        self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None
-    ) -> tuple[list[list[Tensor]], list[int]]:
+    def _start(self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None) -> Underway:
+        if self._underway:
+            raise RuntimeError("an exchange was started before the one before it was finished")
         like, device = [source for source, _ in rows], rows[0][0].device
         if self._met is None:
             self._met = _meet(self._group, device)
@@ -139,18 +174,41 @@ class Exchange:
         message = torch.empty(num_bytes, dtype=torch.uint8, device=device) if box is None else box.bytes
         self._pack(message, rows, send_counts, going, starts)
 
-        where = (0, 0) if box is None else (box.file, box.capacity)
+        where, (source, index) = (0, 0) if box is None else (box.file, box.capacity), rows[0]
         notes = [[n, *where, start] for n, start in zip(send_counts, starts)]
-        if receive_counts is None or met.any_pair:
-            source, index = rows[0]
-            num_rows = source.shape[0] if index is None else index.numel()
-            swap = None if met.mailbox is None else met.mailbox.swap
-            notes = exchange_notes(notes, num_rows, self._group, device, swap)
-            told = [count for count, *_ in notes]
-            if receive_counts is not None and told != receive_counts:
-                raise RuntimeError(f"the ranks of the group send {told} rows, not {receive_counts} as was agreed")
-            receive_counts = told
-        return self._receive(met, message, going, self._layouts(like, receive_counts), notes), receive_counts
+        num_rows = source.shape[0] if index is None else index.numel()
+        under = Underway([t.new_empty(0, *t.shape[1:]) for t in like], message[:0], receive_counts)
+        if met.mailbox is not None:
+            under.notes, under.problem = notes_to_send(notes, num_rows, self._group)
+            met.mailbox.post(under.notes)
+        else:
+            if receive_counts is None or met.any_pair:
+                under.notes = exchange_notes(notes, num_rows, self._group, device)
+                under.agree()
+            under.network = self._by_network(met, message, going, self._layouts(like, under.counts))
+        self._underway = True
+        return under
+
+    def finish(self, under: Underway) -> tuple[list[list[Tensor]], list[int]]:
+        """What came from each rank, and how many rows; collective.
+
+        By rank a tensor for each of the rows given to `start` (for this one: of no rows), to be read before the next.
+
+        Raises RuntimeError on every rank if one of them has counts that do not add up.
+        """
+        with span("exchange"):
+            self._underway = False
+            assert self._met is not None
+            if self._met.mailbox is not None:
+                under.notes = self._met.mailbox.collect(under.notes[self.rank])
+                check_notes(under.notes, self._group, under.problem)
+                under.agree()
+            coming = self._layouts(under.like, under.counts)
+            arrived = [under.nothing] * self.num_ranks if under.network is None else under.network()
+            for r, peer in enumerate(self._met.peers):
+                if peer is not None:
+                    arrived[r] = _read(peer, r, coming[r].num_bytes, *under.notes[r][1:])
+            return [layout.views(part) for layout, part in zip(coming, arrived)], under.counts
 
     def _layouts(self, like: list[Tensor], counts: list[int]) -> list[Layout]:
         return [Layout(like, 0 if r == self.rank else n) for r, n in enumerate(counts)]
@@ -169,21 +227,20 @@ class Exchange:
                 else:
                     torch.index_select(source, 0, index[part], out=view)
 
-    def _receive(
-        self, met: _Neighbors, message: Tensor, going: list[Layout], coming: list[Layout], notes: list[list[int]]
-    ) -> list[list[Tensor]]:
-        arrived: list[Tensor | None] = [None] * self.num_ranks
-        if not met.all_pairs:
-            sent, received = (
-                [0 if peer else layout.num_bytes for peer, layout in zip(met.peers, layouts)]
-                for layouts in (going, coming)
-            )
-            arrived = list(all_to_all_bytes(message[: sum(sent)], sent, received, self._group))
-        for r, (peer, layout, (_, file, capacity, start)) in enumerate(zip(met.peers, coming, notes)):
-            if peer is not None:
-                try:
-                    arrived[r] = peer.read(file, capacity, start, layout.num_bytes)
-                except OSError as error:
-                    raise dist.DistError(f"rank {r} of the group ended, its rows unread: {error.strerror}") from error
-        nothing = message[:0]
-        return [layout.views(nothing if part is None else part) for layout, part in zip(coming, arrived)]
+    def _by_network(
+        self, met: _Neighbors, message: Tensor, going: list[Layout], coming: list[Layout]
+    ) -> Callable[[], list[Tensor]] | None:
+        """What goes to ranks whose memory cannot be read is on its way."""
+        if met.all_pairs:
+            return None
+        sent, received = (
+            [0 if peer else layout.num_bytes for peer, layout in zip(met.peers, layouts)] for layouts in (going, coming)
+        )
+        return start_all_to_all_bytes(message[: sum(sent)], sent, received, self._group)
+
+
+def _read(peer: Peer, rank: int, num_bytes: int, file: int, capacity: int, start: int) -> Tensor:
+    try:
+        return peer.read(file, capacity, start, num_bytes)
+    except OSError as error:
+        raise dist.DistError(f"rank {rank} of the group ended, its rows unread: {error.strerror}") from error

@@ -193,7 +193,7 @@ class BalancedGate(nn.Module):
         return loss
 
 
-def _mix(module: nn.Module, *mixins: type[nn.Module]) -> None:
+def mix(module: nn.Module, *mixins: type[nn.Module]) -> None:
     """The module's class is now a subclass of it and of the mixins, so that transformers still knows it."""
     family = type(module)
     module.__class__ = type(f"Balanced{family.__name__}", (*mixins, family), {"__module__": __name__})
@@ -241,9 +241,9 @@ def _make_balanced(gate: Any, bias_name: str, holder: nn.Module, spec: RouterSpe
     if bias is None:
         bias = torch.zeros(num_choices(gate, None), device=next(gate.parameters()).device)
     _hold_bias(holder, bias_name, bias)
-    _mix(gate, BalancedGate, *([BiasHolder] if holder is gate else []))
+    mix(gate, BalancedGate, *([BiasHolder] if holder is gate else []))
     if holder is not gate:
-        _mix(holder, BiasHolder)
+        mix(holder, BiasHolder)
     gate.__dict__["_holder"] = holder  # not a submodule: it may be the gate's parent
     gate.spec, gate.fast, gate.bias_name, gate.choice = spec, fast, bias_name, choice
     gate.weight_name = weight_name or ""

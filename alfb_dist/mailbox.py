@@ -36,6 +36,12 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def _library() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None
+    return lib
+
+
 def board(num_ranks: int) -> Outbox | None:
     """Where a rank writes its notes for so many; None where there is no `library`."""
     return None if library() is None else Outbox(2 * num_ranks * _SLOT_BYTES)
@@ -54,26 +60,30 @@ class Mailbox:
         self._boards = [None if peer is None else peer.open(file, mine.capacity) for peer, file in zip(peers, files)]
         self._turn = 0
 
-    def swap(self, notes: list[list[int]]) -> list[list[int]]:
-        """What each rank notes for this one, in rank order, as it notes something for each; collective.
+    def post(self, notes: list[list[int]]) -> None:
+        """The ranks may read what this one notes for each of them, equally many numbers. `collect` must follow."""
+        self._turn += 1
+        lib, width = _library(), len(notes[0])
+        for r, note in enumerate(notes):
+            if r != self._rank:
+                lib.post(self._slot(self._mine.bytes, r), (ctypes.c_int64 * width)(*note), width, self._turn)
+
+    def collect(self, mine: list[int]) -> list[list[int]]:
+        """What each rank has noted for this one, in rank order; of this one itself, `mine`.
 
         Raises torch.distributed.DistError if a rank has ended, or lets the others wait too long.
         """
-        self._turn += 1
-        width, half = len(notes[0]), self._turn % 2 * len(notes)  # others may still read those of the turn before
-        lib = library()
-        assert lib is not None
-        for r, note in enumerate(notes):
-            if r != self._rank:
-                lib.post(_slot(self._mine.bytes, half + r), (ctypes.c_int64 * width)(*note), width, self._turn)
         return [
-            notes[r] if board is None else self._collect(r, _slot(board, half + self._rank), width)
+            mine if board is None else self._collect(r, self._slot(board, self._rank), len(mine))
             for r, board in enumerate(self._boards)
         ]
 
+    def _slot(self, board: Tensor, rank: int) -> int:
+        """Of the two for a rank, in turn: others may still read the note of the turn before."""
+        return board.data_ptr() + (self._turn % 2 * len(self._boards) + rank) * _SLOT_BYTES
+
     def _collect(self, rank: int, slot: int, width: int) -> list[int]:
-        lib, numbers = library(), (ctypes.c_int64 * width)()
-        assert lib is not None
+        lib, numbers = _library(), (ctypes.c_int64 * width)()
         times = (int(SPIN_SECONDS * 1e9), int(LOOK_SECONDS * 1e9))
         begun = time.monotonic()
         while not lib.collect(slot, numbers, width, self._turn, *times):
@@ -87,7 +97,3 @@ class Mailbox:
             if (waited := time.monotonic() - begun) > self._seconds():
                 raise dist.DistError(f"timed out after {waited:.1f} s of waiting for rank {rank} of the group")
         return list(numbers)
-
-
-def _slot(board: Tensor, place: int) -> int:
-    return board.data_ptr() + place * _SLOT_BYTES

@@ -9,8 +9,9 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from alfb_dist.beside import RunsEarly
 from alfb_dist.bounded import within
-from alfb_dist.dispatch import combine, dispatch
+from alfb_dist.dispatch import Sent, combine, receive, send
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts import expert_mlp
 from alfb_dist.experts.family import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
@@ -30,6 +31,8 @@ class ShardedExperts(AutoEPMoELayer):
     def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None, max_rows: int = 0) -> None:
         nn.Module.__init__(self)
         self.exchange, self.max_rows = exchange, max_rows
+        self.shared: tuple[nn.Module, str] | None = None
+        """The block, and the name of its shared experts, if they can run while rows are on their way."""
         self.num_experts: int = count_experts(experts)
         self.grid = grid
         self.ep_size = 1 if grid is None else grid.ep_degree
@@ -82,16 +85,28 @@ class ShardedExperts(AutoEPMoELayer):
 
     def _compute(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         with span("dispatch"):
-            rows_RD, ids_RK, weights_RK, route = dispatch(
-                x_TD, expert_ids_TK, weights_TK, self.num_local_experts, self.exchange
-            )
+            sent = send(x_TD, expert_ids_TK, weights_TK, self.num_local_experts, self.exchange)
+        try:
+            self._run_shared(x_TD, sent)
+        finally:
+            with span("dispatch"):
+                rows_RD, ids_RK, weights_RK = receive(sent)
         with span("experts"):
             if self.part is None:
                 out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
             else:
                 out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
         with span("combine"):
-            return combine(out_RD, route)
+            return combine(out_RD, sent.route)
+
+    def _run_shared(self, x_TD: Tensor, sent: Sent) -> None:
+        """The block's shared experts run now, if rows are on their way and all of them at once."""
+        if sent.route is not None and self.max_rows == 0 and self.shared is not None:
+            block, name = self.shared
+            shared = getattr(block, name)
+            if isinstance(shared, RunsEarly):
+                with span("shared"):
+                    shared.run_early(x_TD)
 
     def _rows_by_expert(self, rows_ED: Tensor) -> Tensor:
         """What each expert makes of its own rows. A row of zeros, which means that the expert was not chosen (Llama 4),

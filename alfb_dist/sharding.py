@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from alfb_dist.beside import shared_to_run_early
 from alfb_dist.collectives import size, world_group
 from alfb_dist.exchange import Exchange
 from alfb_dist.experts.family import is_swiglu, why_whole
@@ -170,5 +171,7 @@ def parallelize(
     exchange = None if grid is None else Exchange(grid.ep_group)
     with torch.no_grad():
         for block in blocks:
-            block.module.experts = ShardedExperts(block.module.experts, grid, exchange, max_rows)
+            experts = ShardedExperts(block.module.experts, grid, exchange, max_rows)
+            block.module.experts = experts
+            experts.shared = shared_to_run_early(block.module, block.gate)
     return model

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from alfb_dist.dispatch import combine, dispatch
+from alfb_dist.dispatch import Route, combine, receive, send
 from alfb_dist.exchange import Exchange
 
 Ranks = Callable[..., list[Any]]
@@ -62,6 +62,14 @@ def run_experts(rows: Tensor, ids: Tensor, weights: Tensor, scale_ED: Tensor) ->
     return sum(weights[:, k, None] * torch.tanh(rows * padded_ED[ids[:, k]]) for k in range(ids.shape[1]))
 
 
+def dispatch(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_local: int, exchange: Exchange | None
+) -> tuple[Tensor, Tensor, Tensor, Route | None]:
+    """Tokens out and in, with nothing between."""
+    sent = send(x_TD, ids_TK, weights_TK, num_local, exchange)
+    return *receive(sent), sent.route
+
+
 def run_case(case: str) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     num_local = EXPERTS // world
@@ -86,19 +94,19 @@ def run_case(case: str) -> dict[str, Any]:
 
 def wire_bytes() -> dict[str, int]:
     """Bytes of the tensors that reach this rank from others, per case, forward and backward."""
-    swap, arrived, counts = Exchange.swap, [0], {}
+    finish, arrived, counts = Exchange.finish, [0], {}
 
     def spy(*args: Any) -> Any:
-        tensors, row_counts = swap(*args)
+        tensors, row_counts = finish(*args)
         arrived[0] += sum(t.nbytes for by_rank in tensors for t in by_rank)
         return tensors, row_counts
 
-    Exchange.swap = spy
+    Exchange.finish = spy
     for case in CASES:
         arrived[0] = 0
         run_case(case)
         counts[case] = arrived[0]
-    Exchange.swap = swap
+    Exchange.finish = finish
     return counts
 
 

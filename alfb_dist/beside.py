@@ -1,0 +1,98 @@
+"""Shared experts run while the tokens are on their way to other ranks, though the family's block calls them afterwards.
+
+A block that calls its experts and then, with the same tokens, its shared experts, loses nothing if these run earlier.
+What they made is handed out when the block asks for it; asked with anything else, they run as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alfb_dist.experts.family import FAILURES
+from alfb_dist.gate import BalancedGate, mix
+
+NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+
+
+def _tokens(x: Tensor) -> tuple[Any, ...]:
+    """What tells the same tokens, in whatever shape, from others."""
+    return x.data_ptr(), x.numel(), x.dtype, x._version, x.requires_grad, x.is_contiguous()
+
+
+class RunsEarly(nn.Module):
+    """What is mixed into the class of a block's shared experts. Not used on its own."""
+
+    early: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def run_early(self, x_TD: Tensor) -> None:
+        """The block will ask for what these tokens become."""
+        self.early = _tokens(x_TD), super().forward(x_TD)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The family's own, unless it ran early on the same tokens."""
+        early, self.early = self.early, None
+        if early is None or args or kwargs or _tokens(hidden_states) != early[0]:
+            return super().forward(hidden_states, *args, **kwargs)
+        return early[1].view(*hidden_states.shape[:-1], -1)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a part of a block in a trial, and notes what it is called with."""
+
+    def __init__(self, name: str, calls: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.name, self.calls = name, calls
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros, as a part of a sum."""
+        same_memory = hidden_states.data_ptr() if hidden_states.is_contiguous() else -1
+        self.calls.append((self.name, same_memory))
+        return torch.zeros_like(hidden_states)
+
+
+@torch.no_grad()
+def _asked_last(block: nn.Module, hidden: Tensor) -> str | None:
+    """The name of the shared experts that the block calls after its experts, once each and with the same tokens."""
+    name = next((name for name in NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+    if name is None:
+        return None
+    parts = {part: block.get_submodule(part) for part in ("experts", name)}
+    calls: list[tuple[str, int]] = []
+    try:
+        for part in parts:
+            setattr(block, part, _Recorder(part, calls))
+        with torch.random.fork_rng(devices=[]):
+            block(hidden)
+    except FAILURES:
+        return None
+    finally:
+        for part, module in parts.items():
+            setattr(block, part, module)
+    asked = [part for part, _ in calls]
+    return name if asked == ["experts", name] and len({memory for _, memory in calls}) == 1 else None
+
+
+def shared_to_run_early(block: nn.Module, gate: BalancedGate) -> tuple[nn.Module, str] | None:
+    """The block and the name of its shared experts, which can run early from now on; None if it has none of that kind.
+
+    Found by trying the block on a few tokens.
+    """
+    if not gate.weight_name:
+        return None
+    weight_ED = gate.get_parameter(gate.weight_name)
+    name = _asked_last(block, torch.zeros(1, 4, weight_ED.shape[1], dtype=weight_ED.dtype, device=weight_ED.device))
+    if name is None:
+        return None
+    mix(block.get_submodule(name), RunsEarly)
+    block.register_forward_hook(_forget, always_call=True)
+    return block, name
+
+
+def _forget(block: nn.Module, *_: Any) -> None:
+    """Nothing is left of a forward that ended before it asked, as a recompute does."""
+    for module in block.children():
+        if isinstance(module, RunsEarly):
+            module.early = None

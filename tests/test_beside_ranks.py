@@ -1,0 +1,136 @@
+"""Shared experts that run while rows are on their way: where they may, once each, with the same results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from tiny import tiny_batch, tiny_model
+from tiny_families import family_model
+from torch import Tensor, nn
+
+from alfb_dist import parallelize
+from alfb_dist.beside import RunsEarly
+from alfb_dist.dispatch import _Receive, _Send
+from alfb_dist.exchange import Exchange
+from alfb_dist.moe import sharded_experts
+
+AFTERWARDS = {"deepseek_v3", "dots1", "glm4_moe", "exaone_moe"}
+BEFORE = {"qwen2_moe", "hunyuan_v1_moe"}
+WITHOUT = {"mixtral", "olmoe", "gpt_oss"}
+
+
+@pytest.mark.parametrize("family", sorted(AFTERWARDS | BEFORE | WITHOUT))
+def test_only_shared_experts_that_are_asked_last_run_early(family: str) -> None:
+    model = parallelize(family_model(family), ep_degree=1)
+    found = {experts.shared and experts.shared[1] for _, experts in sharded_experts(model)}
+    assert found == ({"shared_experts"} if family in AFTERWARDS else {None})
+
+
+def early_block() -> tuple[nn.Module, RunsEarly, Tensor]:
+    """A block, its shared experts, which ran early on the tokens, and the tokens, (1, T, D)."""
+    model = parallelize(tiny_model(1), ep_degree=1)
+    block, name = sharded_experts(model)[0][1].shared
+    shared, x = block.get_submodule(name), torch.randn(1, 5, 24, requires_grad=True) * 1
+    shared.run_early(x.view(5, 24))
+    return block, shared, x
+
+
+def test_what_ran_early_is_handed_out_once_in_the_shape_that_is_asked_for() -> None:
+    _, shared, x = early_block()
+    early = shared.early[1]
+    first, second = shared(x), shared(x)
+    assert first.data_ptr() == early.data_ptr() != second.data_ptr()
+    assert first.shape == x.shape and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("other", [lambda x: x * 2, lambda x: x.detach(), lambda x: x[:, :4], lambda x: x.clone()])
+def test_other_tokens_go_through_as_ever(other: Any) -> None:
+    _, shared, x = early_block()
+    early = shared.early[1]
+    given = other(x)
+    out = shared(given)
+    assert out.data_ptr() != early.data_ptr() and shared.early is None
+    assert torch.equal(out, shared(given)) and out.requires_grad
+
+
+def test_tokens_that_were_changed_in_place_go_through_as_ever() -> None:
+    _, shared, x = early_block()
+    with torch.no_grad():
+        x.mul_(2)
+    assert torch.equal(shared(x), shared(x))
+
+
+def test_a_block_that_ends_early_leaves_nothing() -> None:
+    block, shared, x = early_block()
+    block.experts.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        block(x)
+    assert shared.early is None
+
+
+def order_of(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+    """In which order the first layer's parts come, forward and backward, and how often."""
+    order: list[str] = []
+    _, experts = sharded_experts(model)[0]
+    shared = experts.shared[0].get_submodule(experts.shared[1])
+    linear = shared.down_proj
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            order.append(name)
+            return function(*args)
+
+        return call
+
+    for kind, name in ((_Send, "send"), (_Receive, "receive")):
+        kind.forward, kind.backward = noted(name, kind.forward), noted(f"{name} backward", kind.backward)
+    linear.register_forward_hook(lambda *_: order.append("shared"))
+    linear.register_full_backward_hook(lambda *_: order.append("shared backward"))
+    model(**batch).loss.backward()
+    return order
+
+
+def run_order() -> list[str]:
+    model = parallelize(tiny_model(3, num_hidden_layers=2, first_k_dense_replace=1), ep_degree=2)
+    return order_of(model, tiny_batch(dist.get_rank(), 2, 5))
+
+
+def test_they_run_between_sending_and_receiving_in_both_directions(tmp_path: Path) -> None:
+    forward = ["send", "shared", "receive"]
+    backward = ["receive backward", "shared backward", "send backward"]
+    assert run_ranks(2, run_order, folder=tmp_path) == [forward + backward] * 2
+
+
+def fail_once() -> bool:
+    """An error of the shared experts, caught by the caller, does not leave the ranks in the middle of an exchange."""
+    model = parallelize(tiny_model(3), ep_degree=2).eval()
+    batch = tiny_batch(dist.get_rank(), 2, 5)
+    expected = model(**batch).logits
+    block, name = sharded_experts(model)[0][1].shared
+    failing = block.get_submodule(f"{name}.down_proj").register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    failing.remove()
+    return torch.equal(model(**batch).logits, expected)
+
+
+def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(tmp_path: Path) -> None:
+    assert run_ranks(2, fail_once, folder=tmp_path) == [True, True]
+
+
+def start_twice() -> str:
+    exchange, rows = Exchange(dist.group.WORLD), torch.ones(2, 3)
+    exchange.start([(rows, None)], [1, 1])
+    with pytest.raises(RuntimeError) as error:
+        exchange.start([(rows, None)], [1, 1])
+    return str(error.value)
+
+
+def test_a_second_start_is_refused(tmp_path: Path) -> None:
+    told = run_ranks(2, start_twice, folder=tmp_path)
+    assert told == ["an exchange was started before the one before it was finished"] * 2
