@@ -36,7 +36,7 @@ class RunsEarly(nn.Module):
         early, self.early = self.early, None
         if early is None or args or kwargs or _tokens(hidden_states) != early[0]:
             return super().forward(hidden_states, *args, **kwargs)
-        return early[1].view(*hidden_states.shape[:-1], -1)
+        return early[1].view(*hidden_states.shape[:-1], early[1].shape[-1])
 
 
 class _Recorder(nn.Module):
