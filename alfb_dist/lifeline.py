@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 CONNECT_SECONDS = 30.0
+ANSWER_SECONDS = 1.0
 
 
 class Lifeline:
@@ -27,7 +28,8 @@ class Lifeline:
         if not address:
             return
         host, port, token = address.rsplit(":", 2)
-        self._socket = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+        self._address = (host, int(port))
+        self._socket = socket.create_connection(self._address, timeout=CONNECT_SECONDS)
         self._socket.settimeout(None)
         _notice_silence(self._socket)
         self.tell(token=token, rank=rank, host=socket.gethostname(), pid=os.getpid())
@@ -37,6 +39,16 @@ class Lifeline:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def reached(self) -> bool:
+        """Whether the launching command is there now; a line by itself notices seconds later that it is cut."""
+        if self._socket is None:
+            return True
+        try:
+            socket.create_connection(self._address, timeout=ANSWER_SECONDS).close()
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """The line is closed, which the launching command takes for the end of the rank."""

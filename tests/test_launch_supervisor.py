@@ -172,6 +172,16 @@ def test_strangers_are_not_listened_to() -> None:
     lines.close()
 
 
+def test_a_rank_sees_whether_the_command_is_reached() -> None:
+    assert Lifeline("", 0).reached()  # without one there is nothing to reach
+    lines = Lines("127.0.0.1")
+    rank = Lifeline(lines.address, 0)
+    assert rank.reached()
+    lines.close()
+    assert not rank.reached()
+    rank.close()
+
+
 def test_rank_that_comes_late_is_asked_at_once() -> None:
     lines, asked = Lines("127.0.0.1"), []
     lines.stop()

@@ -79,6 +79,9 @@ def _train(arguments: argparse.Namespace) -> int:
         raise
     except Exception:
         lifeline.tell(code=FAILED)
+        if not lifeline.reached():  # mpirun's daemon on a host that is cut off would wait for it
+            for launcher in launchers():
+                launcher.terminate()
         raise
     lifeline.tell(code=code)
     return code
