@@ -11,7 +11,7 @@ import torch.distributed as dist
 from autoep_families import PRESETS, converted
 from by_hand import counted, moved, same_bits
 from test_autoep_ranks import autoep_engine
-from tiny_families import batch, family_model, set_biases
+from tiny_families import batch, biases, family_model, set_biases
 from torch import Tensor, nn
 
 from alfb_dist import Balancer
@@ -65,6 +65,7 @@ def test_bias_chooses_counts_and_moves_in_autoeps_layer(family: str) -> None:
         converted(model, preset_model=PRESETS[family])
         balancer = Balancer(model.train(), rate=RATE)
         assert torch.allclose(model(**given).logits, expected, rtol=1e-4, atol=1e-5)
+    assert any(bool(bias.any()) for bias in balancer.bias_LE) == bool(biases(family_model(family, 3)))
     start, told = set_router_biases(model, 6), note_choices(model)
     model(**given).loss.backward()
     balancer.step()

@@ -93,3 +93,20 @@ def test_bias_is_what_the_rule_makes_of_what_the_gates_chose(tmp_path: Path, fam
     assert callback.balancer is not None and callback.balancer.load_LE.tolist() == loads
     assert len(told.steps) == STEPS and told.evaluations > 0 and len(start) > 0
     assert not any(same_bits(a, b) for a, b in zip(start, expected, strict=True))
+
+
+def test_resumed_training_gets_back_experts_under_the_names_of_a_release(tmp_path: Path) -> None:
+    """transformers saves Granite's fused experts as input_linear and output_linear, and does not load them so."""
+    data, _ = rows()
+    made = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "max_steps": STEPS}
+    seen = []
+    for seed, where, resumed in ((3, "straight", None), (9, "resumed", tmp_path / "straight" / "checkpoint-2")):
+        callback = BalanceCallback(rate=RATE)
+        given = arguments(tmp_path / where, **made)
+        run = InOrderTrainer(family_model("granitemoe", seed), given, train_dataset=data, callbacks=[callback])
+        run.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        seen.append({name: x.clone() for name, x in run.model.state_dict().items()})
+    straight, resumed_ = seen
+    assert straight.keys() == resumed_.keys() and any(name.endswith("selection_bias") for name in straight)
+    for name, x in straight.items():
+        assert torch.equal(resumed_[name], x), name

@@ -43,6 +43,17 @@ def test_logits_are_biased_by_their_softmax_and_handed_on_as_they_are() -> None:
     assert ids.tolist() == [[0, 2], [2, 3]] and torch.equal(values, logits.gather(1, ids))
 
 
+def test_logits_in_16_bits_are_ranked_by_what_they_are_in_float32() -> None:
+    """A softmax in 16 bits would round scores that differ to the same."""
+    logits = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with BiasedChoice(BIAS, of_logits=True):
+        values, ids = logits.topk(2)
+    expected = (logits.double().softmax(-1) + BIAS.double()).topk(2)[1]
+    assert torch.equal(ids, expected) and values.dtype == torch.bfloat16
+    rounded = (logits.softmax(-1) + BIAS).topk(2)[1]
+    assert not torch.equal(rounded, expected)
+
+
 OTHERS: dict[str, Callable[[Tensor], Any]] = {
     "of another dimension": lambda x: x.T.topk(2, dim=0),
     "of fewer": lambda x: x[:, :3].topk(2),
