@@ -76,7 +76,7 @@ def _dropped_bias(model: Any) -> str | None:
         with torch.device("meta"):
             blocks = list(moe_blocks(type(model)(copy.deepcopy(model.config))))
     except (AttributeError, TypeError):  # no model of transformers
-        return "its selection bias, if it has one"
+        return "if it has one"
     return next((block.bias_name for block in blocks if not block.added), None)
 
 
