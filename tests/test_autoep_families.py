@@ -78,6 +78,14 @@ def test_bias_chooses_counts_and_moves_in_autoeps_layer(family: str) -> None:
     assert all(bool((ids[-1] == 5).any(1).all()) for ids in told)
 
 
+@pytest.mark.parametrize("family", ["glm4_moe", "olmoe"])
+def test_bias_of_a_model_in_16_bits_is_float32_from_then_on(family: str) -> None:
+    model = converted(family_model(family, 3).bfloat16(), preset_model=PRESETS[family])
+    balancer = Balancer(model)
+    assert {router.e_score_correction_bias.dtype for router in routers(model)} == {torch.float32}
+    assert len(balancer.gates) == len(routers(model))
+
+
 def test_family_whose_bias_autoep_drops_is_refused_by_name() -> None:
     model = converted(
         family_model("lfm2_moe", 3),
