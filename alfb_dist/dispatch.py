@@ -44,6 +44,7 @@ class Sent:
     weights: Tensor  # (N, K) of the sent rows, or (T, K)
     expert_ids: Tensor  # the same; int32 and local to the receiving rank, or as they are
     route: Route | None = None
+    slot_counts: list[int] | None = None  # filled slots for each rank; once received, from each rank
     ticket: Tensor | None = None  # of one number; leads the backward from what arrives to what was sent
     underway: Underway | None = None  # in the forward the rows, in the backward their gradients
     own_grads: tuple[Tensor, Tensor] | None = None  # in the backward: what this rank need not send to itself
@@ -76,9 +77,12 @@ def send(
     local_NK = expert_ids_TK.index_select(0, token_N) - (rank_N * num_local_experts)[:, None]
     empty_NK = (local_NK < 0) | (local_NK >= num_local_experts)
     local_NK = local_NK.masked_fill_(empty_NK, num_local_experts).to(torch.int32)
-    route = Route(exchange, x_TD.shape[0], token_N, empty_NK, goes_PT.sum(1).tolist(), [])
+    rank_S = (expert_ids_TK // num_local_experts).flatten()
+    slots_P = rank_S.new_zeros(exchange.num_ranks + 1).scatter_add_(0, rank_S, torch.ones_like(rank_S))
+    send_counts, slot_counts = torch.stack([goes_PT.sum(1), slots_P[:-1]]).tolist()  # the only wait for the device
+    route = Route(exchange, x_TD.shape[0], token_N, empty_NK, send_counts, [])
     weights_NK = weights_TK.detach().index_select(0, token_N).masked_fill_(empty_NK, 0)
-    sent = Sent(x_TD.detach(), weights_NK, local_NK, route)
+    sent = Sent(x_TD.detach(), weights_NK, local_NK, route, slot_counts)
     sent.ticket = _Send.apply(x_TD, weights_TK, sent)
     return sent
 
@@ -134,7 +138,7 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, sent: Sent) -> Tensor:
         assert sent.route is not None
         rows = [(x_TD, sent.route.token_N), (sent.weights, None), (sent.expert_ids, None)]
-        sent.underway = sent.route.exchange.start(rows, sent.route.send_counts)
+        sent.underway = sent.route.exchange.start(rows, sent.route.send_counts, numbers=sent.slot_counts)
         ctx.sent, ctx.top_k = sent, weights_TK.shape[1]
         return x_TD.new_zeros(1)
 
@@ -158,6 +162,7 @@ class _Receive(torch.autograd.Function):
         route = sent.route
         assert route is not None and sent.underway is not None
         arrived, route.receive_counts = route.exchange.finish(sent.underway)
+        sent.slot_counts = sent.underway.numbers
         rows, weights, ids = map(list, zip(*arrived))
         rows_RD = _gather(sent.x_TD, rows, route)
         weights_RK = _join(sent.weights, route.send_counts, weights, route)

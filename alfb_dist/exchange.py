@@ -120,6 +120,11 @@ class Underway:
         assert self.receive_counts is not None
         return self.receive_counts
 
+    @property
+    def numbers(self) -> list[int]:
+        """The number that each rank told this one."""
+        return [number for *_, number in self.notes]
+
     def agree(self) -> None:
         """The rows are as many as the notes say; RuntimeError if other numbers were agreed on."""
         told = [count for count, *_ in self.notes]
@@ -152,16 +157,25 @@ class Exchange:
         """What each rank sent to this one, and how many rows; collective. See `start` and `finish`."""
         return self.finish(self.start(rows, send_counts, receive_counts))
 
-    def start(self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None = None) -> Underway:
+    def start(
+        self,
+        rows: Sequence[Rows],
+        send_counts: list[int],
+        receive_counts: list[int] | None = None,
+        numbers: list[int] | None = None,
+    ) -> Underway:
         """Rows are on their way to the other ranks; collective. `finish` must follow before the next start.
 
         send_counts: rows for each rank, in rank order. This rank's own are counted but go nowhere.
         receive_counts: as an earlier swap told them, or None where they are to be told now.
+        numbers: one more for each rank to be told, only where receive_counts is None.
         """
         with span("exchange"):
-            return self._start(rows, send_counts, receive_counts)
+            return self._start(rows, send_counts, receive_counts, numbers or [0] * len(send_counts))
 
-    def _start(self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None) -> Underway:
+    def _start(
+        self, rows: Sequence[Rows], send_counts: list[int], receive_counts: list[int] | None, numbers: list[int]
+    ) -> Underway:
         if self._underway:
             raise RuntimeError("an exchange was started before the one before it was finished")
         like, device = [source for source, _ in rows], rows[0][0].device
@@ -175,7 +189,7 @@ class Exchange:
         self._pack(message, rows, send_counts, going, starts)
 
         where, (source, index) = (0, 0) if box is None else (box.file, box.capacity), rows[0]
-        notes = [[n, *where, start] for n, start in zip(send_counts, starts)]
+        notes = [[n, *where, start, number] for n, start, number in zip(send_counts, starts, numbers)]
         num_rows = source.shape[0] if index is None else index.numel()
         under = Underway([t.new_empty(0, *t.shape[1:]) for t in like], message[:0], receive_counts)
         if met.mailbox is not None:
@@ -207,7 +221,7 @@ class Exchange:
             arrived = [under.nothing] * self.num_ranks if under.network is None else under.network()
             for r, peer in enumerate(self._met.peers):
                 if peer is not None:
-                    arrived[r] = _read(peer, r, coming[r].num_bytes, *under.notes[r][1:])
+                    arrived[r] = _read(peer, r, coming[r].num_bytes, *under.notes[r][1:4])
             return [layout.views(part) for layout, part in zip(coming, arrived)], under.counts
 
     def _layouts(self, like: list[Tensor], counts: list[int]) -> list[Layout]:

@@ -93,7 +93,9 @@ class ShardedExperts(AutoEPMoELayer):
                 rows_RD, ids_RK, weights_RK = receive(sent)
         with span("experts"):
             if self.part is None:
-                out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, self.gate_up_proj, self.down_proj, self.act_fn)
+                num_slots = None if sent.slot_counts is None else sum(sent.slot_counts)
+                weights = (self.gate_up_proj, self.down_proj)
+                out_RD = expert_mlp(rows_RD, ids_RK, weights_RK, *weights, self.act_fn, num_places=num_slots)
             else:
                 out_RD = family_mlp(self.part, rows_RD, ids_RK, weights_RK)
         with span("combine"):

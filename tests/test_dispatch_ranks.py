@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from alfb_dist.dispatch import Route, combine, receive, send
+from alfb_dist.dispatch import Sent, combine, receive, send
 from alfb_dist.exchange import Exchange
 
 Ranks = Callable[..., list[Any]]
@@ -64,10 +64,10 @@ def run_experts(rows: Tensor, ids: Tensor, weights: Tensor, scale_ED: Tensor) ->
 
 def dispatch(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_local: int, exchange: Exchange | None
-) -> tuple[Tensor, Tensor, Tensor, Route | None]:
+) -> tuple[Tensor, Tensor, Tensor, Sent]:
     """Tokens out and in, with nothing between."""
     sent = send(x_TD, ids_TK, weights_TK, num_local, exchange)
-    return *receive(sent), sent.route
+    return *receive(sent), sent
 
 
 def run_case(case: str) -> dict[str, Any]:
@@ -77,10 +77,12 @@ def run_case(case: str) -> dict[str, Any]:
     scale_ED = expert_scales()
     local_eD = scale_ED.detach()[rank * num_local : (rank + 1) * num_local].clone().requires_grad_()
     x_TD.requires_grad_(), weights_TK.requires_grad_()
-    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, num_local, Exchange(dist.group.WORLD))
-    out_TD = combine(run_experts(rows, ids, weights, local_eD), route)
+    rows, ids, weights, sent = dispatch(x_TD, ids_TK, weights_TK, num_local, Exchange(dist.group.WORLD))
+    out_TD = combine(run_experts(rows, ids, weights, local_eD), sent.route)
     out_TD.backward(gradient_TD)
+    route = sent.route
     return {
+        "slots": sent.slot_counts,
         "route": None if route is None else (route.num_tokens, route.token_N, route.send_counts, route.receive_counts),
         "rows": rows.detach(),
         "ids": ids,
@@ -115,10 +117,10 @@ def low_precision() -> tuple[Any, ...]:
     rank, world = dist.get_rank(), dist.get_world_size()
     x_TD, ids_TK, weights_TK, _ = inputs_of("even", rank, world)
     x_TD, weights_TK = x_TD.bfloat16().requires_grad_(), weights_TK.float().requires_grad_()
-    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, EXPERTS // world, Exchange(dist.group.WORLD))
+    rows, ids, weights, sent = dispatch(x_TD, ids_TK, weights_TK, EXPERTS // world, Exchange(dist.group.WORLD))
     theirs = torch.cat([inputs_of("even", r, world)[0] for r in range(world)]).bfloat16()
     bits = all((row == theirs).all(1).any() for row in rows)
-    out_TD = combine(rows * weights.sum(1, keepdim=True).bfloat16(), route)
+    out_TD = combine(rows * weights.sum(1, keepdim=True).bfloat16(), sent.route)
     out_TD.sum().backward()
     return rows.dtype, ids.dtype, weights.dtype, out_TD.dtype, x_TD.grad.dtype, weights_TK.grad.dtype, bits
 
@@ -214,6 +216,8 @@ def test_rows_arrive_with_local_ids_weights_and_empty_slots(dispatched: Ranks, w
         expected = expected_rows(case, world, rank)
         assert rows.shape == (len(expected), WIDTH) and ids.shape == weights.shape == (len(expected), TOP_K)
         assert ids.dtype == torch.int64
+        if world > 1:  # what each rank told of its slots that are filled here
+            assert sum(results[case]["slots"]) == int((ids < num_local).sum())
         for row, row_ids, row_weights, (x, here) in zip(rows, ids.tolist(), weights.tolist(), expected):
             assert row.tolist() == x
             assert {i: w for i, w in zip(row_ids, row_weights) if i < num_local} == here
@@ -262,6 +266,6 @@ def test_group_of_one_rank_needs_no_way_back(dispatched: Ranks) -> None:
 
 def test_without_a_group_tokens_stay_as_they_are() -> None:
     x_TD, ids_TK, weights_TK, _ = inputs_of("even", 0, 1)
-    rows, ids, weights, route = dispatch(x_TD, ids_TK, weights_TK, EXPERTS, None)
-    assert rows is x_TD and ids is ids_TK and weights is weights_TK and route is None
-    assert combine(rows, route) is rows
+    rows, ids, weights, sent = dispatch(x_TD, ids_TK, weights_TK, EXPERTS, None)
+    assert rows is x_TD and ids is ids_TK and weights is weights_TK and sent.route is None
+    assert combine(rows, sent.route) is rows
