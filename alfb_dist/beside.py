@@ -6,7 +6,8 @@ What they made is handed out when the block asks for it; asked with anything els
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,50 +18,70 @@ from alfb_dist.gate import BalancedGate, mix
 NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 
-def _tokens(x: Tensor) -> tuple[Any, ...]:
-    """What tells the same tokens, in whatever shape, from others."""
-    return x.data_ptr(), x.numel(), x.dtype, x._version, x.requires_grad, x.is_contiguous()
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens as they are now. They are kept, or others could come to lie at their address."""
+
+    x: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Tokens:
+        """Of a tensor that counts its changes, which one of inference mode does not."""
+        return cls(x, x._version)
+
+    def are(self, x: Tensor) -> bool:
+        """Whether x is these tokens, in whatever shape, unchanged and with the same way back for gradients."""
+        mine, theirs = ((t.data_ptr(), t.numel(), t.dtype, t.requires_grad, t.is_contiguous()) for t in (self.x, x))
+        return mine == theirs and not x.is_inference() and x._version == self.version
 
 
 class RunsEarly(nn.Module):
     """What is mixed into the class of a block's shared experts. Not used on its own."""
 
-    early: tuple[tuple[Any, ...], Tensor] | None = None
+    early: tuple[_Tokens, Tensor] | None = None
 
     def run_early(self, x_TD: Tensor) -> None:
-        """The block will ask for what these tokens become."""
-        self.early = _tokens(x_TD), super().forward(x_TD)
+        """The block will ask for what these tokens become. Nothing happens in inference mode."""
+        if not x_TD.is_inference():
+            self.early = _Tokens.of(x_TD), super().forward(x_TD)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The family's own, unless it ran early on the same tokens."""
         early, self.early = self.early, None
-        if early is None or args or kwargs or _tokens(hidden_states) != early[0]:
+        if early is None or args or kwargs or not early[0].are(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         return early[1].view(*hidden_states.shape[:-1], early[1].shape[-1])
+
+
+class _Call(NamedTuple):
+    name: str
+    tokens: _Tokens
+    num_others: int
 
 
 class _Recorder(nn.Module):
     """Stands in for a part of a block in a trial, and notes what it is called with."""
 
-    def __init__(self, name: str, calls: list[tuple[str, int]]) -> None:
+    def __init__(self, name: str, calls: list[_Call]) -> None:
         super().__init__()
         self.name, self.calls = name, calls
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Zeros, as a part of a sum."""
-        same_memory = hidden_states.data_ptr() if hidden_states.is_contiguous() else -1
-        self.calls.append((self.name, same_memory))
+        self.calls.append(_Call(self.name, _Tokens.of(hidden_states), len(args) + len(kwargs)))
         return torch.zeros_like(hidden_states)
 
 
 @torch.no_grad()
 def _asked_last(block: nn.Module, hidden: Tensor) -> str | None:
-    """The name of the shared experts that the block calls after its experts, once each and with the same tokens."""
+    """The name of the shared experts that the block calls after its experts, once each, with the same tokens and with
+    nothing else."""
     name = next((name for name in NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
     if name is None:
         return None
     parts = {part: block.get_submodule(part) for part in ("experts", name)}
-    calls: list[tuple[str, int]] = []
+    calls: list[_Call] = []
     try:
         for part in parts:
             setattr(block, part, _Recorder(part, calls))
@@ -71,8 +92,10 @@ def _asked_last(block: nn.Module, hidden: Tensor) -> str | None:
     finally:
         for part, module in parts.items():
             setattr(block, part, module)
-    asked = [part for part, _ in calls]
-    return name if asked == ["experts", name] and len({memory for _, memory in calls}) == 1 else None
+    if [call.name for call in calls] != ["experts", name]:
+        return None
+    experts, shared = calls
+    return name if shared.num_others == 0 and experts.tokens.are(shared.tokens.x) else None
 
 
 def shared_to_run_early(block: nn.Module, gate: BalancedGate) -> tuple[nn.Module, str] | None:

@@ -62,10 +62,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """
     compiler = find_compiler()
     if os.environ.get("ALFB_NATIVE") == "0" or compiler is None:
-        log.info(
-            "no compiled passes, plain torch in their place: %s",
-            "no C compiler" if compiler is None else "ALFB_NATIVE=0",
-        )
+        log.info("%s is not compiled: %s", source.name, "no C compiler" if compiler is None else "ALFB_NATIVE=0")
         return None
     texts = [file.read_text() for file in (source, *sorted(Path(__file__).parent.rglob("*.h")))]
     key = hashlib.sha256("\0".join([*texts, *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
@@ -75,5 +72,5 @@ def load(source: Path) -> ctypes.CDLL | None:
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
-        log.info("no compiled passes, plain torch in their place: %s", error)
+        log.info("%s is not compiled: %s", source.name, error)
         return None

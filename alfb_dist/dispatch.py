@@ -79,7 +79,7 @@ def send(
     local_NK = local_NK.masked_fill_(empty_NK, num_local_experts).to(torch.int32)
     rank_S = (expert_ids_TK // num_local_experts).flatten()
     slots_P = rank_S.new_zeros(exchange.num_ranks + 1).scatter_add_(0, rank_S, torch.ones_like(rank_S))
-    send_counts, slot_counts = torch.stack([goes_PT.sum(1), slots_P[:-1]]).tolist()  # the only wait for the device
+    send_counts, slot_counts = torch.stack([goes_PT.sum(1), slots_P[:-1]]).tolist()  # one wait for the device
     route = Route(exchange, x_TD.shape[0], token_N, empty_NK, send_counts, [])
     weights_NK = weights_TK.detach().index_select(0, token_N).masked_fill_(empty_NK, 0)
     sent = Sent(x_TD.detach(), weights_NK, local_NK, route, slot_counts)
@@ -94,7 +94,8 @@ def receive(sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
     """
     if sent.route is None:
         return sent.x_TD, sent.expert_ids, sent.weights
-    rows_RD, weights_RK, ids_RK = _Receive.apply(sent.ticket, sent)
+    ticket, sent.ticket = sent.ticket, None  # whose graph holds `sent`: kept, they would keep each other
+    rows_RD, weights_RK, ids_RK = _Receive.apply(ticket, sent)
     return rows_RD, ids_RK, weights_RK
 
 
@@ -167,7 +168,7 @@ class _Receive(torch.autograd.Function):
         rows_RD = _gather(sent.x_TD, rows, route)
         weights_RK = _join(sent.weights, route.send_counts, weights, route)
         ids_RK = _join(sent.expert_ids, route.send_counts, ids, route).to(torch.int64)
-        sent.x_TD = sent.weights = sent.expert_ids = ids_RK[:0]  # they are not kept for the backward
+        sent.x_TD = sent.weights = sent.expert_ids = ids_RK.new_empty(0)  # they are not kept for the backward
         sent.underway = None
         ctx.sent, ctx.like = sent, ticket.new_zeros(1)
         ctx.mark_non_differentiable(ids_RK)

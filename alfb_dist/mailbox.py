@@ -64,6 +64,7 @@ class Mailbox:
         """The ranks may read what this one notes for each of them, equally many numbers. `collect` must follow."""
         self._turn += 1
         lib, width = _library(), len(notes[0])
+        assert width <= MOST_NUMBERS
         for r, note in enumerate(notes):
             if r != self._rank:
                 lib.post(self._slot(self._mine.bytes, r), (ctypes.c_int64 * width)(*note), width, self._turn)

@@ -27,7 +27,7 @@ from alfb_dist.network import own_address
 
 ANSWER_SECONDS = 1.0
 LINGER_SECONDS = 1.0  # a failed rank still answers so long, or others would take it for the one that failed first
-_WAITING = ("distributed_c10d.py", "mailbox.py")  # files whose functions wait for other ranks
+_WAITING = ("distributed_c10d.py", "mailbox.py", "collectives.py")  # files whose functions wait for other ranks
 _PACKAGE = str(Path(__file__).parent)
 
 

@@ -23,6 +23,7 @@ import xxhash
 from alfb_dist.config import ConfigError
 from alfb_dist.run_folder import versions
 
+CLOCK = "ALFB_CLOCK"
 SAME = "install the same on every host"
 
 
@@ -66,7 +67,8 @@ def ask(
     where = shlex.quote(str(Path(folder or ".").resolve()))
     asked = shlex.join([python, "-m", "alfb_dist.preflight", str(port)])
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, int(timeout_seconds / 2))}"]
-    command = [*ssh, *options, host, f"cd {where} && env {variables} {asked}"]
+    clock = f"{CLOCK}=$(date +%s.%N)"  # read first: Python may take seconds to start
+    command = [*ssh, *options, host, f"cd {where} && env {clock} {variables} {asked}"]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_seconds
@@ -77,7 +79,10 @@ def ask(
         return f"{command[0]} cannot be run here: {error}"
     if done.returncode:
         return _why(host, done, python)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # logins may print theirs
+    if not lines:
+        return f"{host} answered over ssh with {done.stdout[-200:]!r}, not with its versions"
+    answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 
 
@@ -122,5 +127,13 @@ def port_error(port: int) -> str:
     return ""
 
 
+def _clock() -> float:
+    """This host's time in seconds, as its shell read it before it started Python."""
+    try:
+        return float(os.environ[CLOCK])
+    except (KeyError, ValueError):
+        return time.time()
+
+
 if __name__ == "__main__":
-    print(json.dumps({**facts(), "port_error": port_error(int(sys.argv[1])), "clock": time.time()}))
+    print(json.dumps({**facts(), "port_error": port_error(int(sys.argv[1])), "clock": _clock()}))

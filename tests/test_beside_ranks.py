@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tiny_families import family_model
 from torch import Tensor, nn
 
 from alfb_dist import parallelize
-from alfb_dist.beside import RunsEarly
-from alfb_dist.dispatch import _Receive, _Send
+from alfb_dist.beside import RunsEarly, shared_to_run_early
+from alfb_dist.dispatch import Sent, _Receive, _Send
 from alfb_dist.exchange import Exchange
 from alfb_dist.moe import sharded_experts
 
@@ -63,6 +64,27 @@ def test_tokens_that_were_changed_in_place_go_through_as_ever() -> None:
     with torch.no_grad():
         x.mul_(2)
     assert torch.equal(shared(x), shared(x))
+
+
+class Normed(nn.Module):
+    """Shared experts after the experts, but of other tokens, or with something beside the tokens."""
+
+    def __init__(self, block: Any, given: str) -> None:
+        super().__init__()
+        self.experts, self.shared_experts, self.given = block.experts, block.shared_experts, given
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.experts((hidden + 1).view(-1, 24), None, None).view_as(hidden)
+        if self.given == "other tokens":
+            return out + self.shared_experts(hidden + 1)
+        return out + self.shared_experts(hidden, scale=1.0)
+
+
+@pytest.mark.parametrize("given", ["other tokens", "more than tokens"])
+def test_shared_experts_that_are_asked_with_something_else_do_not_run_early(given: str) -> None:
+    block, _, _ = early_block()
+    block.register_module("normed", Normed(block, given))
+    assert shared_to_run_early(block.normed, block.gate) is None
 
 
 def test_a_block_that_ends_early_leaves_nothing() -> None:
@@ -121,6 +143,40 @@ def fail_once() -> bool:
 
 def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(tmp_path: Path) -> None:
     assert run_ranks(2, fail_once, folder=tmp_path) == [True, True]
+
+
+def infer() -> bool:
+    """Inference mode, in which tensors do not tell of changes, gives what no_grad gives."""
+    model = parallelize(tiny_model(3), ep_degree=2).eval()
+    batch = tiny_batch(dist.get_rank(), 2, 5)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    with torch.inference_mode():
+        return torch.equal(model(**batch).logits, expected)
+
+
+def test_inference_mode_works(tmp_path: Path) -> None:
+    assert run_ranks(2, infer, folder=tmp_path) == [True, True]
+
+
+def dispatches_alive() -> tuple[int, int]:
+    """How many dispatches are in memory after a forward without a backward, and after a whole step, both dropped."""
+    model, batch = parallelize(tiny_model(3), ep_degree=2), tiny_batch(dist.get_rank(), 2, 5)
+    gc.collect()
+    gc.disable()
+    counts = []
+    for backward in (False, True):
+        loss = model(**batch).loss
+        if backward:
+            loss.backward()
+        del loss
+        counts.append(sum(isinstance(x, Sent) for x in gc.get_objects()))
+    gc.enable()
+    return counts[0], counts[1]
+
+
+def test_nothing_of_a_dispatch_outlives_its_graph(tmp_path: Path) -> None:
+    assert run_ranks(2, dispatches_alive, folder=tmp_path) == [(0, 0), (0, 0)]
 
 
 def start_twice() -> str:

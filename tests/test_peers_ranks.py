@@ -38,6 +38,9 @@ def exchange_by(way: str) -> Callable[[], None]:
     """Something that needs the other two ranks: a sum of all, or rows to each."""
     assert dist.group.WORLD is not None
     exchange = Exchange(dist.group.WORLD)
+    if way == "rows by network":
+        os.environ["ALFB_SHARED_MEMORY"] = "0"
+        return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1], [1, 1, 1]) and None
     if way == "rows":
         return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1]) and None
     return lambda: all_sum(torch.ones(1), dist.group.WORLD) and None
@@ -117,6 +120,7 @@ def seen_after(kind: str, way: str, folder: Path) -> dict[int, tuple[float, str]
         ("stopped", "rows", "no answer (stopped, or its host is cut off): rank 1 on "),
         ("killed", "rows", "the process is gone: rank 1 on "),
         ("late", "rows", "still at step 3, agreed: rank 1 on "),
+        ("late", "rows by network", "still at step 3, agreed: rank 1 on "),
     ],
 )
 def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, kind: str, way: str, told: str) -> None:

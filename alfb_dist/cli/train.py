@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from alfb_dist.cli.launcher import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
@@ -81,7 +84,8 @@ def _train(arguments: argparse.Namespace) -> int:
         lifeline.tell(code=FAILED)
         if not lifeline.reached():  # mpirun's daemon on a host that is cut off would wait for it
             for launcher in launchers():
-                launcher.terminate()
+                with contextlib.suppress(psutil.Error):  # another rank has ended it
+                    launcher.terminate()
         raise
     lifeline.tell(code=code)
     return code

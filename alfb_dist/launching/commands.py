@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alfb_dist.config import ConfigError
 from alfb_dist.launching.environment import variables_for_ranks
-from alfb_dist.network import interface_of
+from alfb_dist.network import interface_of, own_address
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _deepspeed(launch: Launch) -> list[str]:
     arguments = list(launch.launcher_args)
     if launch.launcher == "openmpi":
         # DeepSpeed would name eth0, wherever that leads, and has a btl of its own.
-        interface = interface_of(launch.launch_host)
+        interface = interface_of(own_address(launch.master_addr))
         ours = {"coll": "^han", **({"btl_tcp_if_include": interface} if interface else {})}
         arguments += [*_mpi_options(), *_unless_given(ours, launch.launcher_args)]
     words += ["--launcher_args", " ".join(arguments)] if arguments else []
