@@ -34,9 +34,9 @@ def train(ep: int, hot: bool, max_rows: int) -> dict[str, Any]:
     balancer, rank = Balancer(model), dist.get_rank()
     batch, seen, compute = tiny_batch(rank, 1 + rank, 14), [], moe.expert_mlp
 
-    def spy(x_RD: Tensor, *args: Any) -> Tensor:
+    def spy(x_RD: Tensor, *args: Any, **options: Any) -> Tensor:
         seen.append(len(x_RD))
-        return compute(x_RD, *args)
+        return compute(x_RD, *args, **options)
 
     moe.expert_mlp = spy
     loss = model(**batch).loss
