@@ -102,8 +102,8 @@ class ShardedExperts(AutoEPMoELayer):
             return combine(out_RD, sent.route)
 
     def _run_shared(self, x_TD: Tensor, sent: Sent) -> None:
-        """The block's shared experts run now, if rows are on their way and all of them at once."""
-        if sent.route is not None and self.max_rows == 0 and self.shared is not None:
+        """The block's shared experts run now, if rows are on their way."""
+        if sent.route is not None and self.shared is not None:
             block, name = self.shared
             shared = getattr(block, name)
             if isinstance(shared, RunsEarly):

@@ -173,5 +173,6 @@ def parallelize(
         for block in blocks:
             experts = ShardedExperts(block.module.experts, grid, exchange, max_rows)
             block.module.experts = experts
-            experts.shared = shared_to_run_early(block.module, block.gate)
+            if ep_degree > 1 and max_rows == 0:
+                experts.shared = shared_to_run_early(block.module, block.gate)
     return model

@@ -18,7 +18,9 @@ from alfb_dist import parallelize
 from alfb_dist.beside import RunsEarly, shared_to_run_early
 from alfb_dist.dispatch import Sent, _Receive, _Send
 from alfb_dist.exchange import Exchange
+from alfb_dist.families import moe_blocks
 from alfb_dist.moe import sharded_experts
+from alfb_dist.sharding import watch
 
 AFTERWARDS = {"deepseek_v3", "dots1", "glm4_moe", "exaone_moe"}
 BEFORE = {"qwen2_moe", "hunyuan_v1_moe"}
@@ -27,15 +29,24 @@ WITHOUT = {"mixtral", "olmoe", "gpt_oss"}
 
 @pytest.mark.parametrize("family", sorted(AFTERWARDS | BEFORE | WITHOUT))
 def test_only_shared_experts_that_are_asked_last_run_early(family: str) -> None:
-    model = parallelize(family_model(family), ep_degree=1)
-    found = {experts.shared and experts.shared[1] for _, experts in sharded_experts(model)}
-    assert found == ({"shared_experts"} if family in AFTERWARDS else {None})
+    model = family_model(family)
+    watch(model)
+    found = [shared_to_run_early(block.module, block.gate) for block in moe_blocks(model)]
+    assert {shared and shared[1] for shared in found} == ({"shared_experts"} if family in AFTERWARDS else {None})
+
+
+@pytest.mark.parametrize("options", [{"ep_degree": 1}, {"ep_degree": 1, "max_rows": 8}])
+def test_none_run_early_where_no_rows_travel(options: dict[str, int]) -> None:
+    model = parallelize(tiny_model(1), **options)
+    assert [experts.shared for _, experts in sharded_experts(model)] == [None, None]
 
 
 def early_block() -> tuple[nn.Module, RunsEarly, Tensor]:
     """A block, its shared experts, which ran early on the tokens, and the tokens, (1, T, D)."""
-    model = parallelize(tiny_model(1), ep_degree=1)
-    block, name = sharded_experts(model)[0][1].shared
+    model = tiny_model(1)
+    watch(model)
+    first = next(moe_blocks(model))
+    block, name = shared_to_run_early(first.module, first.gate)
     shared, x = block.get_submodule(name), torch.randn(1, 5, 24, requires_grad=True) * 1
     shared.run_early(x.view(5, 24))
     return block, shared, x
