@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -25,6 +26,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+TELLING_SECONDS = 3.0
+"""How long other ranks leave rank 0 to tell why: launchers kill it as soon as another rank has ended."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
     arguments = _parser().parse_args(argv)
@@ -35,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except mendable as error:
         if launched_world()[0] == 0:
             print(f"alfb: {error}", file=sys.stderr)
+        else:
+            time.sleep(TELLING_SECONDS)
         return BAD_CONFIG
 
 
