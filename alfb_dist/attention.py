@@ -71,7 +71,7 @@ class _CausalAttention(torch.autograd.Function):
         shape, scale_1 = torch.tensor(sizes, dtype=torch.int64), torch.tensor([scale], dtype=torch.float32)
         kept = arena.empty((batches * heads * lib.attention_kept(_address(shape)),), query)
         inputs = (shape, scale_1, query, key, value, kept)
-        lib.attention_forward(torch_blas(), *map(_address, (*inputs, out)))
+        lib.attention_forward(ctypes.c_void_p(torch_blas()), *map(_address, (*inputs, out)))
         ctx.save_for_backward(*inputs)
         return out
 
@@ -85,7 +85,7 @@ class _CausalAttention(torch.autograd.Function):
         made += [arena.zeros(t.transpose(1, 2).shape, t) for t in (key, value)]
         scratch = arena.empty((torch.get_num_threads() * PIECE * length,), query)
         tensors = (*inputs, grads[0].contiguous(), *made, scratch)
-        lib.attention_backward(torch_blas(), *map(_address, tensors))
+        lib.attention_backward(ctypes.c_void_p(torch_blas()), *map(_address, tensors))
         return *(grad.transpose(1, 2) for grad in made), None
 
 

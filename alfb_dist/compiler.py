@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 # Reordered sums and no traps, but NaN and inf as they are. Not -ffast-math: linking with it makes the whole process
 # flush denormal numbers to zero.
 _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
-_FLAGS = ("-O3", "-march=native", *_MATH, "-fPIC", "-shared")
+_EXACT = ("-ffp-contract=off",)
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 
 
 def cache_folder() -> Path:
@@ -37,11 +38,11 @@ def _machine() -> str:
     )
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(command: list[str], source: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, library.name)
-        command = [compiler, *_FLAGS, str(source), "-o", str(made), "-lm"]
+        command = [*command, str(source), "-o", str(made), "-lm"]
         try:
             subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, timeout=120)
         except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread between the products
@@ -55,8 +56,10 @@ def find_compiler() -> str | None:
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL | None:
+def load(source: Path, *, exact: bool = False) -> ctypes.CDLL | None:
     """The compiled source, or None where there is no compiler, it fails, or ALFB_NATIVE=0 is set.
+
+    exact: sums and products are taken as they stand there.
 
     Compiling takes a quarter of a second, once per machine and version of the source. Why None is logged, once.
     """
@@ -65,11 +68,12 @@ def load(source: Path) -> ctypes.CDLL | None:
         log.info("%s is not compiled: %s", source.name, "no C compiler" if compiler is None else "ALFB_NATIVE=0")
         return None
     texts = [file.read_text() for file in (source, *sorted(Path(__file__).parent.rglob("*.h")))]
-    key = hashlib.sha256("\0".join([*texts, *_FLAGS, compiler, _machine()]).encode()).hexdigest()[:16]
+    command = [compiler, *_FLAGS, *(_EXACT if exact else _MATH)]
+    key = hashlib.sha256("\0".join([*texts, *command, _machine()]).encode()).hexdigest()[:16]
     library = cache_folder() / f"{source.stem}-{key}.so"
     try:
         if not library.exists():
-            _compile(compiler, source, library)
+            _compile(command, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         log.info("%s is not compiled: %s", source.name, error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from alfb_dist.collectives import Group
 from alfb_dist.families import num_choices, score_matrix
 from alfb_dist.profiling import span
 from alfb_dist.recompute import Run, SameChoice
-from alfb_dist.router import RouterSpec, gate_scores
-from alfb_dist.trial import find_choice, find_rule, float32_logits, weights_and_ids
+from alfb_dist.router import RouterSpec, choose_experts, combine_weights, gate_scores
+from alfb_dist.trial import find_choice, find_rule, float32_logits
+from alfb_dist.weighing import Commit, Weighing, supported
 
 
 @dataclass
@@ -71,20 +72,23 @@ class AuxLosses:
         return self
 
 
+class _Counted(NamedTuple):
+    commit: Commit  # run by the backward of the weights
+    load_E: Tensor  # of all tokens, padding included
+
+
 class _CommitLoad(torch.autograd.Function):
-    """Passes the weights on; its backward adds the load, so a token counts once whatever is recomputed or evaluated."""
+    """Passes the weights on; its backward commits the load."""
 
     @staticmethod
-    def forward(ctx: Any, weights_TK: Tensor, gate: BalancedGate, load_E: Tensor) -> Tensor:
-        ctx.gate, ctx.load_E = gate, load_E
+    def forward(ctx: Any, weights_TK: Tensor, commit: Commit) -> Tensor:
+        ctx.commit = commit
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if ctx.load_E is not None:
-            ctx.gate.add_load(ctx.load_E)
-        ctx.load_E = None  # a second backward through the same graph (retain_graph) brings no new tokens
-        return grads[0], None, None
+        ctx.commit()
+        return grads[0], None
 
 
 class BiasHolder(nn.Module):
@@ -136,9 +140,10 @@ class BalancedGate(nn.Module):
             return self._counted(hidden_states, *args, **kwargs)
 
     def _counted(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counted = None
         with self.same_choice():
             if self.fast:
-                output = self._route(hidden_states)
+                output, counted = self._route(hidden_states)
             elif self.choice is None:
                 output = super().forward(hidden_states, *args, **kwargs)
             else:
@@ -147,7 +152,7 @@ class BalancedGate(nn.Module):
         at = 1 if self.choice is None else self.choice.weights_at
         ids_TK = output[2] if self.choice is None else choice.ids_TK
         if self.training and torch.is_grad_enabled():
-            return *output[:at], self._observe(output[0], output[at], ids_TK), *output[at + 1 :]
+            return *output[:at], self._observe(output[0], output[at], ids_TK, counted), *output[at + 1 :]
         if self.measured_load_E is not None:
             mask_T = self.batch.mask_T(ids_TK.shape[0], evaluated=True)
             self.measured_load_E = self.measured_load_E + self._load(ids_TK, mask_T)
@@ -157,21 +162,34 @@ class BalancedGate(nn.Module):
         """The context in which a recompute chooses as the first run of its layer did."""
         return nullcontext() if self.batch.run is None else SameChoice(self.batch.run, self.bias_E.numel())
 
-    def _route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(self, hidden_states: Tensor) -> tuple[tuple[Tensor, ...], _Counted | None]:
+        """The family's outputs, and what else compiled passes gave, where they ran."""
         assert self.spec is not None
         logits_TE = float32_logits(hidden_states, self.get_parameter(self.weight_name))
-        return logits_TE, *weights_and_ids(logits_TE, self.bias_E, self.spec)
+        scores_TE = gate_scores(logits_TE, self.spec)
+        ids_TK = choose_experts(scores_TE.detach(), self.bias_E, self.spec)
+        if not supported(scores_TE, self.spec.top_k):
+            return (logits_TE, combine_weights(scores_TE, ids_TK, self.spec), ids_TK), None
+        commit = Commit(self)
+        weights_TK, load_E = Weighing.apply(scores_TE, ids_TK, self.spec, commit)
+        return (logits_TE, weights_TK, ids_TK), _Counted(commit, load_E)
 
     def _load(self, ids_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         counted = ids_TK if mask_T is None else ids_TK[mask_T]
         return torch.bincount(counted.flatten(), minlength=self.bias_E.numel())
 
-    def _observe(self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    def _observe(
+        self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, counted: _Counted | None = None
+    ) -> Tensor:
+        """The weights, whose backward commits the load."""
         mask_T = self.batch.mask_T(ids_TK.shape[0])
-        load_E = self._load(ids_TK, mask_T)
-        if not weights_TK.requires_grad:  # a frozen router on frozen inputs: its backward has to run all the same
-            weights_TK = weights_TK.detach().requires_grad_()
-        weights_TK = _CommitLoad.apply(weights_TK, self, load_E)
+        load_E = self._load(ids_TK, mask_T) if counted is None or mask_T is not None else counted.load_E
+        if counted is not None and weights_TK.requires_grad:
+            counted.commit.load_E = load_E
+        else:
+            if not weights_TK.requires_grad:  # a frozen router on frozen inputs: its backward has to run all the same
+                weights_TK = weights_TK.detach().requires_grad_()
+            weights_TK = _CommitLoad.apply(weights_TK, Commit(self, load_E))
         if self.aux.on:
             loss = self._aux_loss(logits_TE, mask_T, load_E)
             weights_TK = attach(weights_TK, loss, self.batch.loss_scale)

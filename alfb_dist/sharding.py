@@ -65,6 +65,12 @@ def _around_gates(model: nn.Module, *names: str) -> list[nn.Module]:
     return [m for m in around if set(names) <= set(inspect.signature(m.forward).parameters)]
 
 
+def _takes_batch(signature: inspect.Signature) -> bool:
+    """Whether a forward can be given token ids or a mask; that of a block alone cannot."""
+    named = any(name in signature.parameters for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    return named or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
 def _note_batch(model: nn.Module) -> None:
     """Before each forward, the batch's shape and padding are known to the gates, whichever way the model is called.
 
@@ -86,7 +92,8 @@ def _note_batch(model: nn.Module) -> None:
         batch.note(shape, mask_BS)
         batch.loss_scale.gradient = None
 
-    innermost.register_forward_pre_hook(before, with_kwargs=True)
+    if _takes_batch(signature):
+        innermost.register_forward_pre_hook(before, with_kwargs=True)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing") and any(isinstance(m, BalancedGate) for m in module.modules()):
             module.register_forward_pre_hook(lambda module, _: remember_runs(module, _first_gate(module).batch))

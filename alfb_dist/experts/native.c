@@ -59,30 +59,27 @@ static void swiglu_backward(int n, int F, const float *gate_up, const float *wei
     }
 }
 
-// Slots sorted by expert, stable, in `slot`; ids of `experts` are left out. sizes: of each expert, then their sum, then
-// the largest.
-void sort_slots(int64_t slots, int64_t experts, const int64_t *ids, int64_t *sizes, int32_t *slot) {
-    int64_t next[experts + 1], largest = 0, start = 0;
+// Slots sorted by expert, stable, in `slot`; ids of `experts` are left out. sizes: of each expert, and room for one
+// more. How many slots there are in all.
+int64_t sort_slots(int64_t slots, int64_t experts, const int64_t *ids, int64_t *sizes, int32_t *slot) {
+    int64_t next[experts + 1], start = 0;
     memset(sizes, 0, sizeof(int64_t) * (experts + 1));
     for (int64_t i = 0; i < slots; i++) sizes[ids[i]]++;
-    for (int64_t e = 0; e < experts; start += sizes[e++]) {
-        next[e] = start;
-        largest = sizes[e] > largest ? sizes[e] : largest;
-    }
+    for (int64_t e = 0; e < experts; start += sizes[e++]) next[e] = start;
     for (int64_t i = 0; i < slots; i++)
         if (ids[i] < experts) slot[next[ids[i]]++] = (int32_t)i;
-    sizes[experts] = start;
-    sizes[experts + 1] = largest;
+    return start;
 }
 
-// x (R, D), weight (R K), gate_up (E, 2F, D), down (E, D, F), slot (S): in. kept (S, 2F), out (R, D) zeroed: out.
+// x (R, D), weight (R K), gate_up (E, 2F, D), down (E, D, F), slot (S): in. kept (S, 2F), out (R, D): out.
 // scratch: piece (2 D + F + 2) floats.
-void forward(blas_t blas, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece, const int64_t *sizes, const int32_t *slot,
-             const float *weight, const float *x, const float *gate_up, const float *down, float *kept, float *out,
-             float *scratch) {
+void forward(blas_t blas, int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece,
+             const int64_t *sizes, const int32_t *slot, const float *weight, const float *x, const float *gate_up,
+             const float *down, float *kept, float *out, float *scratch) {
     float *x_part = scratch, *y = x_part + piece * D, *h = y + piece * D, *w = h + piece * F;
     int32_t *row = (int32_t *)(w + piece);
     int64_t start = 0;
+    memset(out, 0, sizeof(float) * rows * D);
     for (int64_t e = 0; e < experts; e++) {
         const float *gate_up_e = gate_up + e * 2 * F * D, *down_e = down + e * D * F;
         for (int64_t left = sizes[e]; left > 0;) {
@@ -103,17 +100,19 @@ void forward(blas_t blas, int64_t experts, int64_t top_k, int64_t D, int64_t F, 
     }
 }
 
-// As forward, with grad (R, D) in; grad_x (R, D) and grad_weight (R K), both zeroed, grad_gate_up, grad_down: out.
+// As forward, with grad (R, D) in; grad_x (R, D), grad_weight (R K), grad_gate_up, grad_down: out.
 // scratch: piece (2 D + 4 F + 3) floats.
-void backward(blas_t blas, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece, const int64_t *sizes, const int32_t *slot,
-              const float *weight, const float *x, const float *gate_up, const float *down, const float *kept,
-              const float *grad, float *grad_x, float *grad_weight, float *grad_gate_up, float *grad_down,
-              float *scratch) {
+void backward(blas_t blas, int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece,
+              const int64_t *sizes, const int32_t *slot, const float *weight, const float *x, const float *gate_up,
+              const float *down, const float *kept, const float *grad, float *grad_x, float *grad_weight,
+              float *grad_gate_up, float *grad_down, float *scratch) {
     float *grad_part = scratch, *x_part = grad_part + piece * D, *grad_h = x_part + piece * D;
     float *h = grad_h + piece * F, *grad_kept = h + piece * F, *w = grad_kept + piece * 2 * F;
     float *grad_w = w + piece;
     int32_t *row = (int32_t *)(grad_w + piece);
     int64_t start = 0;
+    memset(grad_x, 0, sizeof(float) * rows * D);
+    memset(grad_weight, 0, sizeof(float) * rows * top_k);
     for (int64_t e = 0; e < experts; e++) {
         const float *gate_up_e = gate_up + e * 2 * F * D, *down_e = down + e * D * F;
         float *grad_gate_up_e = grad_gate_up + e * 2 * F * D, *grad_down_e = grad_down + e * D * F;

@@ -18,38 +18,47 @@ PIECE_ROWS = 512
 
 
 @functools.cache
-def torch_blas() -> ctypes.c_void_p | None:
+def torch_blas() -> int | None:
     """The address of the float32 product in torch's own BLAS, or None if it does not show one."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p)
+        return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
+
+
+_ARGUMENTS = {"sort_slots": "nnppp", "forward": "pnnnnnn" + 9 * "p", "backward": "pnnnnnn" + 13 * "p"}
+"""What the kernels take: numbers and pointers."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    return None if torch_blas() is None else load(Path(__file__).with_name("native.c"))
+    lib = None if torch_blas() is None else load(Path(__file__).with_name("native.c"))
+    for name, kinds in _ARGUMENTS.items() if lib else ():
+        getattr(lib, name).argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
+        getattr(lib, name).restype = ctypes.c_int64 if name == "sort_slots" else None
+    return lib
 
 
 def supported(x_RD: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Any) -> bool:
-    """Whether `native_mlp` can take these: float32 on a CPU, SiLU, fewer than 2^31 slots, kernels at hand."""
-    tensors = (x_RD, weights_RK, gate_up_e2FD, down_eDF)
+    """Whether `NativeMLP` can take these: float32 on a CPU, SiLU, fewer than 2^31 slots, kernels at hand."""
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        x_RD.dtype == weights_RK.dtype == gate_up_e2FD.dtype == down_eDF.dtype == torch.float32
+        and x_RD.is_cpu
+        and weights_RK.is_cpu
+        and gate_up_e2FD.is_cpu
+        and down_eDF.is_cpu
         and type(act).__name__ in ("SiLU", "SiLUActivation")
         and weights_RK.numel() < 2**31
         and library() is not None
     )
 
 
-def _call(name: str, *arguments: Tensor | int) -> None:
-    """Run a kernel: tensors go as the address of their data."""
-    lib = library()
-    assert lib is not None
-    passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments]
-    getattr(lib, name)(*passed)
+def call(name: str, *arguments: Tensor | int | None) -> Any:
+    """What a kernel returns: tensors go as the address of their data."""
+    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    return getattr(library(), name)(*passed)
 
 
 class NativeMLP(torch.autograd.Function):
@@ -62,19 +71,16 @@ class NativeMLP(torch.autograd.Function):
         x_RD, weights_RK, ids_RK = x_RD.contiguous(), weights_RK.contiguous(), expert_ids_RK.contiguous()
         gate_up_e2FD, down_eDF = gate_up_e2FD.contiguous(), down_eDF.contiguous()
         num_experts, width_D, width_F = down_eDF.shape
-        sizes = torch.empty(num_experts + 2, dtype=torch.int64)
+        sizes = torch.empty(num_experts + 1, dtype=torch.int64)
         slots = torch.empty(ids_RK.numel(), dtype=torch.int32)
-        _call("sort_slots", ids_RK.numel(), num_experts, ids_RK, sizes, slots)
-        num_rows, largest = sizes[num_experts:].tolist()
-        piece = min(PIECE_ROWS, max(1, largest))
+        num_rows = call("sort_slots", ids_RK.numel(), num_experts, ids_RK, sizes, slots)
+        piece = min(PIECE_ROWS, max(1, num_rows))
         kept_S2F = arena.empty((num_rows, 2 * width_F), x_RD)
-        out_RD = arena.zeros(x_RD.shape, x_RD)
+        out_RD = arena.empty(x_RD.shape, x_RD)
         scratch = arena.empty((piece * (2 * width_D + width_F + 2),), x_RD)
-        shape = (num_experts, ids_RK.shape[1], width_D, width_F, piece)
-        blas = torch_blas()
-        assert blas is not None
+        shape = (len(x_RD), num_experts, ids_RK.shape[1], width_D, width_F, piece)
         tensors = (sizes, slots, weights_RK, x_RD, gate_up_e2FD, down_eDF, kept_S2F)
-        _call("forward", blas.value or 0, *shape, *tensors, out_RD, scratch)
+        call("forward", torch_blas(), *shape, *tensors, out_RD, scratch)
         ctx.save_for_backward(*tensors)
         ctx.shape = shape
         return out_RD
@@ -83,13 +89,11 @@ class NativeMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         tensors = ctx.saved_tensors
         _, _, weights_RK, x_RD, gate_up_e2FD, down_eDF, _ = tensors
-        _, _, width_D, width_F, piece = ctx.shape
-        grad_x_RD, grad_weights_RK = arena.zeros(x_RD.shape, x_RD), torch.zeros_like(weights_RK)
+        *_, width_D, width_F, piece = ctx.shape
+        grad_x_RD, grad_weights_RK = arena.empty(x_RD.shape, x_RD), torch.empty_like(weights_RK)
         grad_gate_up_e2FD = arena.empty(gate_up_e2FD.shape, gate_up_e2FD)
         grad_down_eDF = arena.empty(down_eDF.shape, down_eDF)
         scratch = arena.empty((piece * (2 * width_D + 4 * width_F + 3),), x_RD)
-        blas = torch_blas()
-        assert blas is not None
         made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
-        _call("backward", blas.value or 0, *ctx.shape, *tensors, grads[0].contiguous(), *made)
+        call("backward", torch_blas(), *ctx.shape, *tensors, grads[0].contiguous(), *made)
         return grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, None

@@ -1,0 +1,99 @@
+"""Weights and load from scores and choices, on a CPU by compiled passes (weighing.c) that give torch's bits.
+
+Torch's graph has a dozen operations for them, on a few numbers each: in a small layer they cost more than the gate's
+product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from alfb_dist.compiler import load
+from alfb_dist.router import RouterSpec, combine_weights
+
+
+class CountsLoad(Protocol):
+    """What loads are added to."""
+
+    def add_load(self, load_E: Tensor) -> None:
+        """load_E counts toward the next bias update."""
+
+
+@dataclass
+class Commit:
+    """A load that counts when the backward of its forward runs: once, whatever is recomputed or evaluated."""
+
+    gate: CountsLoad
+    load_E: Tensor | None = None
+
+    def __call__(self) -> None:
+        if self.load_E is not None:
+            self.gate.add_load(self.load_E)
+        self.load_E = None  # a second backward through the same graph (retain_graph) brings no new tokens
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled passes, or None where they cannot be had."""
+    lib = load(Path(__file__).with_name("weighing.c"), exact=True)
+    for name, pointers in (("weigh", 5), ("weigh_backward", 4)) if lib else ():
+        getattr(lib, name).argtypes = [*[ctypes.c_int64] * 4, ctypes.c_float, *[ctypes.c_void_p] * pointers]
+        getattr(lib, name).restype = None
+    return lib
+
+
+class Weighing(torch.autograd.Function):
+    """(`combine_weights`, load_E) where it is `supported`; the backward also runs commit, if there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores_TE: Tensor, ids_TK: Tensor, spec: RouterSpec, commit: Commit | None
+    ) -> tuple[Tensor, Tensor]:
+        scores_TE, ids_TK = scores_TE.contiguous(), ids_TK.contiguous()
+        chosen_TK, weights_TK = scores_TE.new_empty(ids_TK.shape), scores_TE.new_empty(ids_TK.shape)
+        load_E = ids_TK.new_empty(scores_TE.shape[1])
+        how = (*scores_TE.shape, ids_TK.shape[1], spec.normalize, spec.scaling)
+        library().weigh(*how, *(t.data_ptr() for t in (scores_TE, ids_TK, chosen_TK, weights_TK, load_E)))
+        ctx.save_for_backward(ids_TK, chosen_TK)
+        ctx.how, ctx.commit = how, commit
+        ctx.mark_non_differentiable(load_E)
+        return weights_TK, load_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weights_TK: Tensor, _: Any) -> Any:
+        if ctx.commit is not None:
+            ctx.commit()
+        ids_TK, chosen_TK = ctx.saved_tensors
+        grad_TE = chosen_TK.new_empty(ctx.how[:2])
+        tensors = (ids_TK, chosen_TK, grad_weights_TK.contiguous(), grad_TE)
+        library().weigh_backward(*ctx.how, *(t.data_ptr() for t in tensors))
+        return grad_TE, None, None, None
+
+
+@functools.cache
+def _same_bits(top_k: int) -> bool:
+    """Whether torch adds up so many numbers in the order of the compiled passes; tried, with everything around it."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    scores_TE, grad_TK = (torch.rand(64, n, generator=generator) for n in (2 * top_k, top_k))
+    ids_TK = torch.rand(64, 2 * top_k, generator=generator).argsort()[:, :top_k].contiguous()
+    spec, results = RouterSpec(top_k, scaling=2.5), []
+    with torch.enable_grad():
+        for way in (lambda *given: combine_weights(*given), lambda *given: Weighing.apply(*given, None)[0]):
+            leaf_TE = scores_TE.clone().requires_grad_()
+            weights_TK = way(leaf_TE, ids_TK, spec)
+            results.append((weights_TK.detach(), *torch.autograd.grad(weights_TK, leaf_TE, grad_TK)))
+    return all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def supported(scores_TE: Tensor, top_k: int) -> bool:
+    """Whether `Weighing` gives the bits of `combine_weights`: float32 on a CPU, kernels at hand."""
+    return scores_TE.is_cpu and scores_TE.dtype == torch.float32 and library() is not None and _same_bits(top_k)
