@@ -13,9 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-EPSILON = 1e-20
-"""Added to the sum that weights are normalised by, as in transformers."""
-
 
 @dataclass(frozen=True)
 class RouterSpec:
@@ -57,5 +54,5 @@ def combine_weights(scores_TE: Tensor, expert_ids_TK: Tensor, spec: RouterSpec) 
     """The weights of the chosen experts, from the unbiased scores: (T, K); differentiable in the scores."""
     weights_TK = scores_TE.gather(-1, expert_ids_TK)
     if spec.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + EPSILON)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * spec.scaling

@@ -45,7 +45,7 @@ def library() -> Any:
     """The compiled passes, or None where they cannot be had."""
     lib = load(Path(__file__).with_name("weighing.c"), exact=True)
     for name, pointers in (("weigh", 5), ("weigh_backward", 4)) if lib else ():
-        getattr(lib, name).argtypes = [*[ctypes.c_int64] * 4, ctypes.c_float, *[ctypes.c_void_p] * pointers]
+        getattr(lib, name).argtypes = [*[ctypes.c_int64] * 5, ctypes.c_float, *[ctypes.c_void_p] * pointers]
         getattr(lib, name).restype = None
     return lib
 
@@ -55,12 +55,13 @@ class Weighing(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores_TE: Tensor, ids_TK: Tensor, spec: RouterSpec, commit: Commit | None
+        ctx: Any, scores_TE: Tensor, ids_TK: Tensor, spec: RouterSpec, commit: Commit | None, beside: int | None = None
     ) -> tuple[Tensor, Tensor]:
         scores_TE, ids_TK = scores_TE.contiguous(), ids_TK.contiguous()
         chosen_TK, weights_TK = scores_TE.new_empty(ids_TK.shape), scores_TE.new_empty(ids_TK.shape)
         load_E = ids_TK.new_empty(scores_TE.shape[1])
-        how = (*scores_TE.shape, ids_TK.shape[1], spec.normalize, spec.scaling)
+        beside = beside or sums_beside(ids_TK.shape[1])
+        how = (*scores_TE.shape, ids_TK.shape[1], beside, spec.normalize, spec.scaling)
         library().weigh(*how, *(t.data_ptr() for t in (scores_TE, ids_TK, chosen_TK, weights_TK, load_E)))
         ctx.save_for_backward(ids_TK, chosen_TK)
         ctx.how, ctx.commit = how, commit
@@ -76,24 +77,34 @@ class Weighing(torch.autograd.Function):
         grad_TE = chosen_TK.new_empty(ctx.how[:2])
         tensors = (ids_TK, chosen_TK, grad_weights_TK.contiguous(), grad_TE)
         library().weigh_backward(*ctx.how, *(t.data_ptr() for t in tensors))
-        return grad_TE, None, None, None
+        return grad_TE, None, None, None, None
 
 
 @functools.cache
-def _same_bits(top_k: int) -> bool:
-    """Whether torch adds up so many numbers in the order of the compiled passes; tried, with everything around it."""
+def sums_beside(top_k: int) -> int:
+    """How many sums torch takes side by side of so many numbers, 1 or 4; 0 if it does otherwise.
+
+    Tried, with everything around it: it depends on the processor.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     scores_TE, grad_TK = (torch.rand(64, n, generator=generator) for n in (2 * top_k, top_k))
     ids_TK = torch.rand(64, 2 * top_k, generator=generator).argsort()[:, :top_k].contiguous()
-    spec, results = RouterSpec(top_k, scaling=2.5), []
-    with torch.enable_grad():
-        for way in (lambda *given: combine_weights(*given), lambda *given: Weighing.apply(*given, None)[0]):
+    spec = RouterSpec(top_k, scaling=2.5)
+
+    def results(weigh: Any, *how: Any) -> list[Tensor]:
+        with torch.enable_grad():
             leaf_TE = scores_TE.clone().requires_grad_()
-            weights_TK = way(leaf_TE, ids_TK, spec)
-            results.append((weights_TK.detach(), *torch.autograd.grad(weights_TK, leaf_TE, grad_TK)))
-    return all(torch.equal(a, b) for a, b in zip(*results))
+            weights_TK = weigh(leaf_TE, ids_TK, spec, *how)
+            return [weights_TK.detach(), *torch.autograd.grad(weights_TK, leaf_TE, grad_TK)]
+
+    torchs = results(combine_weights)
+    for beside in (1, 4) if top_k >= 4 else (1,):
+        ours = results(lambda *given: Weighing.apply(*given)[0], None, beside)
+        if all(torch.equal(a, b) for a, b in zip(ours, torchs)):
+            return beside
+    return 0
 
 
 def supported(scores_TE: Tensor, top_k: int) -> bool:
-    """Whether `Weighing` gives the bits of `combine_weights`: float32 on a CPU, kernels at hand."""
-    return scores_TE.is_cpu and scores_TE.dtype == torch.float32 and library() is not None and _same_bits(top_k)
+    """Whether `Weighing` gives the bits of `combine_weights`: float32 on a CPU, kernels at hand, a known order."""
+    return scores_TE.is_cpu and scores_TE.dtype == torch.float32 and library() is not None and sums_beside(top_k) > 0

@@ -37,7 +37,9 @@ def test_weights_gradient_and_load_equal_torchs_to_the_bit(
 ) -> None:
     spec = RouterSpec(top_k, normalize=normalize, scaling=scaling)
     scores_TE, ids_TK, grad_TK = case(num_tokens, num_experts, top_k)
-    assert supported(scores_TE, top_k)
+    if not supported(scores_TE, top_k):
+        assert top_k > 4, "so few numbers have the same order on every processor"
+        pytest.skip(f"this processor's torch adds up {top_k} numbers in another order")
     graph_TE, ours_TE = scores_TE.clone().requires_grad_(), scores_TE.clone().requires_grad_()
     expected_TK = combine_weights(graph_TE, ids_TK, spec)
     weights_TK, load_E = Weighing.apply(ours_TE, ids_TK, spec, None)
@@ -46,6 +48,29 @@ def test_weights_gradient_and_load_equal_torchs_to_the_bit(
     assert torch.equal(weights_TK, expected_TK)
     assert torch.equal(ours_TE.grad, graph_TE.grad)
     assert torch.equal(load_E, torch.bincount(ids_TK.flatten(), minlength=num_experts))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "beside", "order"),
+    [
+        (3, 1, "0 1 2"),
+        (6, 1, "0 1 2 3 4 5"),
+        (6, 4, "0+4+5 1 2 3"),
+        (8, 4, "0+4 1+5 2+6 3+7"),
+        (11, 4, "0+4+8+9+10 1+5 2+6 3+7"),
+    ],
+)
+def test_sums_are_taken_in_the_order_asked_for(top_k: int, beside: int, order: str) -> None:
+    scores_TE, ids_TK, _ = case(300, 16, top_k)
+    chosen_TK = scores_TE.gather(1, ids_TK)
+    total_T = torch.zeros(300)
+    for group in order.split():
+        part_T = torch.zeros(300)
+        for k in map(int, group.split("+")):
+            part_T = part_T + chosen_TK[:, k]
+        total_T = total_T + part_T
+    weights_TK, _ = Weighing.apply(scores_TE, ids_TK, RouterSpec(top_k), None, beside)
+    assert torch.equal(weights_TK, chosen_TK / (total_T[:, None] + 1e-20))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
