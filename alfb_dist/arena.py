@@ -9,25 +9,44 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
 LARGE = 1 << 20  # bytes from which a tensor is taken from here
+SPARE = 1.25  # no more is kept than so many times what was in use at once; sizes have their peaks at different times
 _STEP = 1 << 21  # a huge page, where the system has them
 
 _free: list[mmap.mmap] = []
 """Blocks without a tensor, the one that has waited longest first."""
 
 
+@dataclass
+class _Use:
+    """Bytes of the blocks with a tensor, now and at most so far."""
+
+    now: int = 0
+    most: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.most = max(self.most, self.now)
+
+
+_use = _Use()
+
+
 class _Lease:
     """Held by the memory of a tensor; when it goes, so has the tensor."""
 
     def __init__(self, block: mmap.mmap) -> None:
-        self._block, self._free = block, _free  # a name of the module may be gone before its last tensor
+        self._block, self._free, self._use = block, _free, _use  # the module may be gone before its last tensor
+        _use.add(len(block))
 
     def __del__(self) -> None:
+        self._use.add(-len(self._block))
         self._free.append(self._block)
 
 
@@ -37,9 +56,11 @@ def _block(num_bytes: int) -> mmap.mmap:
         best = min(fits, key=len)
         _free.remove(best)
         return best
-    if _free:  # sizes have changed: no more memory is kept than was once in use
+    size = -(-num_bytes // _STEP) * _STEP
+    most = SPARE * max(_use.most, _use.now + size)
+    while _free and _use.now + sum(map(len, _free)) + size > most:
         _free.pop(0)
-    block = mmap.mmap(-1, -(-num_bytes // _STEP) * _STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     return block

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.experts.family import FAILURES
+from alfb_dist.experts.shared import shared_name
 from alfb_dist.gate import BalancedGate, mix
-
-NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _Recorder(nn.Module):
 def _asked_last(block: nn.Module, hidden: Tensor) -> str | None:
     """The name of the shared experts that the block calls after its experts, once each, with the same tokens and with
     nothing else."""
-    name = next((name for name in NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+    name = shared_name(block)
     if name is None:
         return None
     parts = {part: block.get_submodule(part) for part in ("experts", name)}

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from alfb_dist.beside import shared_to_run_early
 from alfb_dist.collectives import size, world_group
 from alfb_dist.exchange import Exchange
+from alfb_dist.experts import native
 from alfb_dist.experts.family import is_swiglu, why_whole
+from alfb_dist.experts.shared import CompiledShared, is_shared_swiglu, shared_name
 from alfb_dist.families import MoEBlock, check_done, moe_blocks
-from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate
+from alfb_dist.gate import AuxLosses, BalancedGate, Batch, balance_gate, mix
 from alfb_dist.moe import ShardedExperts, sharded_experts
 from alfb_dist.recompute import remember_runs
 from alfb_dist.topology import make_grid
@@ -144,6 +146,15 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
     return list(dict.fromkeys(gates))  # a gate that two blocks share counts as one
 
 
+def _compile_shared(block: nn.Module) -> None:
+    """The block's shared experts run by the compiled kernels, where there are any and they are of that kind."""
+    name = shared_name(block)
+    if name is not None and native.library() is not None:
+        shared = block.get_submodule(name)
+        if not isinstance(shared, CompiledShared) and is_shared_swiglu(shared):
+            mix(shared, CompiledShared)
+
+
 def parallelize(
     model: Model,
     *,
@@ -180,6 +191,7 @@ def parallelize(
         for block in blocks:
             experts = ShardedExperts(block.module.experts, grid, exchange, max_rows)
             block.module.experts = experts
+            _compile_shared(block.module)
             if ep_degree > 1 and max_rows == 0:
                 experts.shared = shared_to_run_early(block.module, block.gate)
     return model

@@ -45,7 +45,7 @@ def expert_mlp(
     many rather than for all R * K.
     """
     if supported(x_RD, weights_RK, gate_up_e2FD, down_eDF, act):
-        _tell("compiled passes between torch's products")
+        _tell("compiled")
         return NativeMLP.apply(x_RD, weights_RK, gate_up_e2FD, down_eDF, expert_ids_RK)
     if grouped.supported(x_RD, weights_RK, gate_up_e2FD, down_eDF, act):
         _tell(f"grouped products with {grouped.kernels(x_RD.device.type).__name__.rpartition('.')[2]} between them")

@@ -1,53 +1,45 @@
-// The experts of one rank on float32 rows: expert by expert, in pieces that stay in cache.
+// SwiGLU experts on float32 rows, and shared ones: in pieces of rows that stay in cache.
 //
-// Products go through the BLAS that is handed in (torch's own). Everything between them is fused into single passes over
-// a piece: gather, SwiGLU and weighting, their backward, scatter. Nothing here keeps state.
-#include "native.h"
+// Products pick their rows and add to those of the result by themselves (tiles.h); SwiGLU and weighting, and their
+// backward, are single passes over a piece. Nothing here keeps state.
+#include "tiles.h"
 
 #define PARALLEL_FROM 65536  // elements below which starting threads costs more than it saves
+enum { PAD = 16 };           // columns after a left factor's row, or rows of a power of two share too few cache sets
+
+// The weights of one expert: gate and up (F, D), down (D, F).
+typedef struct {
+    int64_t D, F;
+    const float *gate, *up, *down;
+} mlp_t;
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-static void gather(const float *from, int width, const int32_t *row, int n, float *to) {
-#pragma omp parallel for if ((int64_t)n * width >= PARALLEL_FROM)
-    for (int i = 0; i < n; i++) memcpy(to + (int64_t)i * width, from + (int64_t)row[i] * width, sizeof(float) * width);
+static void gather(const float *from, int64_t width, const int32_t *row, int64_t n, float *to) {
+#pragma omp parallel for if (n * width >= PARALLEL_FROM)
+    for (int64_t i = 0; i < n; i++) memcpy(to + i * (width + PAD), from + row[i] * width, sizeof(float) * width);
 }
 
-// Threads take columns, not rows: a row may come twice.
-static void scatter_add(float *to, int width, const int32_t *row, int n, const float *from) {
-    int parts = (int64_t)n * width >= PARALLEL_FROM ? max_threads() : 1;
-#pragma omp parallel for if (parts > 1)
-    for (int part = 0; part < parts; part++) {
-        int start = (int64_t)width * part / parts, stop = (int64_t)width * (part + 1) / parts;
-        for (int i = 0; i < n; i++) {
-            float *a = to + (int64_t)row[i] * width;
-            const float *b = from + (int64_t)i * width;
+static void swiglu(int64_t n, int64_t F, const float *gate_up, const float *weight, float *h) {
+#pragma omp parallel for if (n * F >= PARALLEL_FROM)
+    for (int64_t i = 0; i < n; i++) {
+        const float *gate = gate_up + i * 2 * F, *up = gate + F;
+        float *to = h + i * (F + PAD), w = weight ? weight[i] : 1.0f;
 #pragma omp simd
-            for (int j = start; j < stop; j++) a[j] += b[j];
-        }
-    }
-}
-
-static void swiglu(int n, int F, const float *gate_up, const float *weight, float *h) {
-#pragma omp parallel for if ((int64_t)n * F >= PARALLEL_FROM)
-    for (int i = 0; i < n; i++) {
-        const float *gate = gate_up + (int64_t)i * 2 * F, *up = gate + F;
-        float *to = h + (int64_t)i * F, w = weight[i];
-#pragma omp simd
-        for (int j = 0; j < F; j++) to[j] = gate[j] * sigmoid(gate[j]) * up[j] * w;
+        for (int64_t j = 0; j < F; j++) to[j] = gate[j] * sigmoid(gate[j]) * up[j] * w;
     }
 }
 
 // grad_h: gradient of the unweighted h. h becomes the weighted one; grad_weight is grad_h . h.
-static void swiglu_backward(int n, int F, const float *gate_up, const float *weight, const float *grad_h, float *h,
-                            float *grad_gate_up, float *grad_weight) {
-#pragma omp parallel for if ((int64_t)n * F >= PARALLEL_FROM)
-    for (int i = 0; i < n; i++) {
-        const float *gate = gate_up + (int64_t)i * 2 * F, *up = gate + F, *grad = grad_h + (int64_t)i * F;
-        float *grad_gate = grad_gate_up + (int64_t)i * 2 * F, *grad_up = grad_gate + F, *to = h + (int64_t)i * F;
-        float w = weight[i], dot = 0;
+static void swiglu_backward(int64_t n, int64_t F, const float *gate_up, const float *weight, const float *grad_h,
+                            float *h, float *grad_gate_up, float *grad_weight) {
+#pragma omp parallel for if (n * F >= PARALLEL_FROM)
+    for (int64_t i = 0; i < n; i++) {
+        const float *gate = gate_up + i * 2 * F, *up = gate + F, *grad = grad_h + i * F;
+        float *grad_gate = grad_gate_up + i * (2 * F + PAD), *grad_up = grad_gate + F, *to = h + i * F;
+        float w = weight ? weight[i] : 1.0f, dot = 0;
 #pragma omp simd reduction(+ : dot)
-        for (int j = 0; j < F; j++) {
+        for (int64_t j = 0; j < F; j++) {
             float s = sigmoid(gate[j]), act = gate[j] * s, value = act * up[j], g = grad[j];
             dot += g * value;
             g *= w;
@@ -55,7 +47,43 @@ static void swiglu_backward(int n, int F, const float *gate_up, const float *wei
             grad_up[j] = g * act;
             grad_gate[j] = g * up[j] * (s + act * (1.0f - s));
         }
-        grad_weight[i] = dot;
+        if (weight) grad_weight[i] = dot;
+    }
+}
+
+// Gate and up lie together in routed experts, apart in shared ones: so many rows of them at once.
+static int64_t together(mlp_t mlp) { return mlp.up == mlp.gate + mlp.F * mlp.D ? 2 * mlp.F : mlp.F; }
+
+// n rows of x; weight (n) or NULL for 1. kept (n, 2F): out. h: scratch of n (F + PAD) floats.
+static void forward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, float *kept, float *h, result_t out) {
+    int64_t D = mlp.D, F = mlp.F, step = together(mlp);
+    for (int64_t done = 0; done < 2 * F; done += step)
+        multiply(n, step, D, x, (matrix_t){done ? mlp.up : mlp.gate, D, NULL, TRANSPOSED}, (result_t){kept + done, 2 * F});
+    swiglu(n, F, kept, weight, h);
+    multiply(n, D, F, (matrix_t){h, F + PAD}, (matrix_t){mlp.down, F, NULL, TRANSPOSED}, out);
+}
+
+// With grad, the output's, and what the forward kept. grad_gate_up (2F, D), grad_down (D, F): out, or added to.
+// grad_weight: (n), if there is a weight. scratch: n (4 F + PAD) floats.
+static void backward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, const float *kept, matrix_t grad,
+                           result_t grad_x, float *grad_weight, float *grad_gate_up, float *grad_down, int add,
+                           float *scratch) {
+    int64_t D = mlp.D, F = mlp.F, step = together(mlp), wide = 2 * F + PAD;
+    float *grad_h = scratch, *h = grad_h + n * F, *grad_kept = h + n * F;
+    multiply(n, F, D, grad, (matrix_t){mlp.down, F}, (result_t){grad_h, F});
+    swiglu_backward(n, F, kept, weight, grad_h, h, grad_kept, grad_weight);
+    multiply(D, F, n, (matrix_t){grad.data, grad.width, NULL, TRANSPOSED}, (matrix_t){h, F},
+             (result_t){grad_down, F, NULL, add});
+    multiply(2 * F, D, n, (matrix_t){grad_kept, wide, NULL, TRANSPOSED}, x, (result_t){grad_gate_up, D, NULL, add});
+    for (int64_t done = 0; done < 2 * F; done += step, grad_x.add = ADD)
+        multiply(n, D, step, (matrix_t){grad_kept + done, wide}, (matrix_t){done ? mlp.up : mlp.gate, D}, grad_x);
+}
+
+// Rows and weights of the next n slots.
+static void look_up(int64_t n, int64_t top_k, const int32_t *slot, const float *weight, int32_t *row, float *w) {
+    for (int64_t i = 0; i < n; i++) {
+        row[i] = slot[i] / top_k;
+        w[i] = weight[slot[i]];
     }
 }
 
@@ -72,72 +100,73 @@ int64_t sort_slots(int64_t slots, int64_t experts, const int64_t *ids, int64_t *
 }
 
 // x (R, D), weight (R K), gate_up (E, 2F, D), down (E, D, F), slot (S): in. kept (S, 2F), out (R, D): out.
-// scratch: piece (2 D + F + 2) floats.
-void forward(blas_t blas, int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece,
-             const int64_t *sizes, const int32_t *slot, const float *weight, const float *x, const float *gate_up,
-             const float *down, float *kept, float *out, float *scratch) {
-    float *x_part = scratch, *y = x_part + piece * D, *h = y + piece * D, *w = h + piece * F;
+// scratch: piece (D + F + 2 PAD + 2) floats.
+void forward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece, const int64_t *sizes,
+             const int32_t *slot, const float *weight, const float *x, const float *gate_up, const float *down,
+             float *kept, float *out, float *scratch) {
+    float *x_part = scratch, *h = x_part + piece * (D + PAD), *w = h + piece * (F + PAD);
     int32_t *row = (int32_t *)(w + piece);
-    int64_t start = 0;
     memset(out, 0, sizeof(float) * rows * D);
-    for (int64_t e = 0; e < experts; e++) {
-        const float *gate_up_e = gate_up + e * 2 * F * D, *down_e = down + e * D * F;
-        for (int64_t left = sizes[e]; left > 0;) {
-            int n = left < piece ? (int)left : piece;
-            for (int i = 0; i < n; i++) {
-                row[i] = slot[start + i] / top_k;
-                w[i] = weight[slot[start + i]];
-            }
-            float *kept_part = kept + start * 2 * F;
+    for (int64_t e = 0; e < experts; e++, gate_up += 2 * F * D, down += D * F) {
+        mlp_t mlp = {D, F, gate_up, gate_up + F * D, down};
+        for (int64_t left = sizes[e], n; left > 0; left -= n, slot += n, kept += n * 2 * F) {
+            n = left < piece ? left : piece;
+            look_up(n, top_k, slot, weight, row, w);
             gather(x, D, row, n, x_part);
-            product(blas, 0, 1, n, 2 * F, D, x_part, D, gate_up_e, D, 0, kept_part, 2 * F);
-            swiglu(n, F, kept_part, w, h);
-            product(blas, 0, 1, n, D, F, h, F, down_e, F, 0, y, D);
-            scatter_add(out, D, row, n, y);
-            start += n;
-            left -= n;
+            forward_piece(n, mlp, (matrix_t){x_part, D + PAD}, w, kept, h, (result_t){out, D, row, ADD});
         }
     }
 }
 
 // As forward, with grad (R, D) in; grad_x (R, D), grad_weight (R K), grad_gate_up, grad_down: out.
-// scratch: piece (2 D + 4 F + 3) floats.
-void backward(blas_t blas, int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece,
-              const int64_t *sizes, const int32_t *slot, const float *weight, const float *x, const float *gate_up,
-              const float *down, const float *kept, const float *grad, float *grad_x, float *grad_weight,
-              float *grad_gate_up, float *grad_down, float *scratch) {
-    float *grad_part = scratch, *x_part = grad_part + piece * D, *grad_h = x_part + piece * D;
-    float *h = grad_h + piece * F, *grad_kept = h + piece * F, *w = grad_kept + piece * 2 * F;
-    float *grad_w = w + piece;
+// scratch: piece (D + 4 F + 2 PAD + 3) floats.
+void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece, const int64_t *sizes,
+              const int32_t *slot, const float *weight, const float *x, const float *gate_up, const float *down,
+              const float *kept, const float *grad, float *grad_x, float *grad_weight, float *grad_gate_up,
+              float *grad_down, float *scratch) {
+    float *grad_part = scratch, *w = grad_part + piece * (D + PAD), *grad_w = w + piece;
     int32_t *row = (int32_t *)(grad_w + piece);
-    int64_t start = 0;
     memset(grad_x, 0, sizeof(float) * rows * D);
     memset(grad_weight, 0, sizeof(float) * rows * top_k);
     for (int64_t e = 0; e < experts; e++) {
-        const float *gate_up_e = gate_up + e * 2 * F * D, *down_e = down + e * D * F;
-        float *grad_gate_up_e = grad_gate_up + e * 2 * F * D, *grad_down_e = grad_down + e * D * F;
+        mlp_t mlp = {D, F, gate_up, gate_up + F * D, down};
+        int add = 0;
         if (sizes[e] == 0) {
-            memset(grad_gate_up_e, 0, sizeof(float) * 2 * F * D);
-            memset(grad_down_e, 0, sizeof(float) * D * F);
+            memset(grad_gate_up, 0, sizeof(float) * 2 * F * D);
+            memset(grad_down, 0, sizeof(float) * D * F);
         }
-        float beta = 0;
-        for (int64_t left = sizes[e]; left > 0; beta = 1) {
-            int n = left < piece ? (int)left : piece;
-            for (int i = 0; i < n; i++) {
-                row[i] = slot[start + i] / top_k;
-                w[i] = weight[slot[start + i]];
-            }
+        for (int64_t left = sizes[e], n; left > 0; left -= n, slot += n, kept += n * 2 * F, add = ADD) {
+            n = left < piece ? left : piece;
+            look_up(n, top_k, slot, weight, row, w);
             gather(grad, D, row, n, grad_part);
-            product(blas, 0, 0, n, F, D, grad_part, D, down_e, F, 0, grad_h, F);
-            swiglu_backward(n, F, kept + start * 2 * F, w, grad_h, h, grad_kept, grad_w);
-            product(blas, 1, 0, D, F, n, grad_part, D, h, F, beta, grad_down_e, F);
-            gather(x, D, row, n, x_part);
-            product(blas, 1, 0, 2 * F, D, n, grad_kept, 2 * F, x_part, D, beta, grad_gate_up_e, D);
-            product(blas, 0, 0, n, D, 2 * F, grad_kept, 2 * F, gate_up_e, D, 0, x_part, D);
-            scatter_add(grad_x, D, row, n, x_part);
-            for (int i = 0; i < n; i++) grad_weight[slot[start + i]] = grad_w[i];
-            start += n;
-            left -= n;
+            backward_piece(n, mlp, (matrix_t){x, D, row}, w, kept, (matrix_t){grad_part, D + PAD},
+                           (result_t){grad_x, D, row, ADD}, grad_w, grad_gate_up, grad_down, add, (float *)(row + piece));
+            for (int64_t i = 0; i < n; i++) grad_weight[slot[i]] = grad_w[i];
         }
+        gate_up += 2 * F * D, down += D * F, grad_gate_up += 2 * F * D, grad_down += D * F;
+    }
+}
+
+// Shared experts, which take all rows in turn. x (R, D), gate and up (F, D), down (D, F): in. kept (R, 2F), out (R, D):
+// out. scratch: piece (F + PAD) floats.
+void shared_forward(int64_t rows, int64_t D, int64_t F, int64_t piece, const float *x, const float *gate,
+                    const float *up, const float *down, float *kept, float *out, float *scratch) {
+    for (int64_t done = 0, n; done < rows; done += n) {
+        n = rows - done < piece ? rows - done : piece;
+        forward_piece(n, (mlp_t){D, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F, scratch,
+                      (result_t){out + done * D, D});
+    }
+}
+
+// As shared_forward, with grad (R, D) in; grad_x (R, D), grad_gate_up (2F, D), grad_down: out.
+// scratch: piece (4 F + PAD) floats.
+void shared_backward(int64_t rows, int64_t D, int64_t F, int64_t piece, const float *x, const float *gate,
+                     const float *up, const float *down, const float *kept, const float *grad, float *grad_x,
+                     float *grad_gate_up, float *grad_down, float *scratch) {
+    for (int64_t done = 0, n; done < rows; done += n) {
+        n = rows - done < piece ? rows - done : piece;
+        backward_piece(n, (mlp_t){D, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F,
+                       (matrix_t){grad + done * D, D}, (result_t){grad_x + done * D, D}, NULL, grad_gate_up, grad_down,
+                       done > 0, scratch);
     }
 }

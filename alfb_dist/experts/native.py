@@ -1,4 +1,4 @@
-"""The experts' compute on a CPU in float32, with one compiled pass between the products (native.c)."""
+"""The experts' compute on a CPU in float32, compiled (native.c)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from alfb_dist import arena
 from alfb_dist.compiler import load
 
 PIECE_ROWS = 512
-"""Rows of one expert that are worked on at once: large enough for the products, small enough for the cache."""
+"""Rows of one expert that are worked on at once: enough to make a weight worth packing, few enough for the cache."""
+
+
+PAD = 16
+"""As in native.c."""
 
 
 @functools.cache
@@ -27,16 +31,22 @@ def torch_blas() -> int | None:
         return None
 
 
-_ARGUMENTS = {"sort_slots": "nnppp", "forward": "pnnnnnn" + 9 * "p", "backward": "pnnnnnn" + 13 * "p"}
-"""What the kernels take: numbers and pointers."""
+_ARGUMENTS = {
+    "sort_slots": (2, 3),
+    "forward": (6, 9),
+    "backward": (6, 13),
+    "shared_forward": (4, 7),
+    "shared_backward": (4, 10),
+}
+"""What the kernels take: so many numbers, then so many pointers."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    lib = None if torch_blas() is None else load(Path(__file__).with_name("native.c"))
-    for name, kinds in _ARGUMENTS.items() if lib else ():
-        getattr(lib, name).argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
+    lib = load(Path(__file__).with_name("native.c"))
+    for name, (numbers, pointers) in _ARGUMENTS.items() if lib else ():
+        getattr(lib, name).argtypes = [ctypes.c_int64] * numbers + [ctypes.c_void_p] * pointers
         getattr(lib, name).restype = ctypes.c_int64 if name == "sort_slots" else None
     return lib
 
@@ -77,10 +87,10 @@ class NativeMLP(torch.autograd.Function):
         piece = min(PIECE_ROWS, max(1, num_rows))
         kept_S2F = arena.empty((num_rows, 2 * width_F), x_RD)
         out_RD = arena.empty(x_RD.shape, x_RD)
-        scratch = arena.empty((piece * (2 * width_D + width_F + 2),), x_RD)
+        scratch = arena.empty((piece * (width_D + width_F + 2 * PAD + 2),), x_RD)
         shape = (len(x_RD), num_experts, ids_RK.shape[1], width_D, width_F, piece)
         tensors = (sizes, slots, weights_RK, x_RD, gate_up_e2FD, down_eDF, kept_S2F)
-        call("forward", torch_blas(), *shape, *tensors, out_RD, scratch)
+        call("forward", *shape, *tensors, out_RD, scratch)
         ctx.save_for_backward(*tensors)
         ctx.shape = shape
         return out_RD
@@ -93,7 +103,7 @@ class NativeMLP(torch.autograd.Function):
         grad_x_RD, grad_weights_RK = arena.empty(x_RD.shape, x_RD), torch.empty_like(weights_RK)
         grad_gate_up_e2FD = arena.empty(gate_up_e2FD.shape, gate_up_e2FD)
         grad_down_eDF = arena.empty(down_eDF.shape, down_eDF)
-        scratch = arena.empty((piece * (2 * width_D + 4 * width_F + 3),), x_RD)
+        scratch = arena.empty((piece * (width_D + 4 * width_F + 2 * PAD + 3),), x_RD)
         made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
-        call("backward", torch_blas(), *ctx.shape, *tensors, grads[0].contiguous(), *made)
+        call("backward", *ctx.shape, *tensors, grads[0].contiguous(), *made)
         return grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, None

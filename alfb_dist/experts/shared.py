@@ -1,0 +1,94 @@
+"""Shared experts, which every token visits, by the compiled kernels of the routed ones (native.c)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from alfb_dist import arena
+from alfb_dist.experts import native
+from alfb_dist.experts.family import CPU, FAILURES, activation
+
+NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+WEIGHTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def shared_name(block: nn.Module) -> str | None:
+    """The name of a block's shared experts, or None if it has none that are known."""
+    return next((name for name in NAMES if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+class SharedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) on float32 rows on a CPU; keeps gate(x) and up(x) for the backward, (R, 2F)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        x_RD, *weights = (t.contiguous() for t in (x_RD, gate_FD, up_FD, down_DF))
+        width_D, width_F = weights[2].shape
+        piece = min(native.PIECE_ROWS, max(1, len(x_RD)))
+        kept_R2F, out_RD = arena.empty((len(x_RD), 2 * width_F), x_RD), arena.empty(x_RD.shape, x_RD)
+        scratch = arena.empty((piece * (width_F + native.PAD),), x_RD)
+        ctx.shape = (len(x_RD), width_D, width_F, piece)
+        native.call("shared_forward", *ctx.shape, x_RD, *weights, kept_R2F, out_RD, scratch)
+        ctx.save_for_backward(x_RD, *weights, kept_R2F)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x_RD, *_, down_DF, _ = tensors = ctx.saved_tensors
+        rows, width_D, width_F, piece = ctx.shape
+        grad_x_RD, grad_down_DF = arena.empty(x_RD.shape, x_RD), arena.empty(down_DF.shape, x_RD)
+        grad_gate_up_2FD = arena.empty((2 * width_F, width_D), x_RD)
+        if rows == 0:
+            grad_gate_up_2FD.zero_(), grad_down_DF.zero_()
+        scratch = arena.empty((piece * (4 * width_F + native.PAD),), x_RD)
+        made = (grad_x_RD, grad_gate_up_2FD, grad_down_DF, scratch)
+        native.call("shared_backward", *ctx.shape, *tensors, grads[0].contiguous(), *made)
+        return grad_x_RD, *grad_gate_up_2FD.split(width_F), grad_down_DF
+
+
+def _plain(linear: Any) -> bool:
+    """Whether it is a Linear that does nothing else: nobody has wrapped it, quantised it or hooked into it since."""
+    hooked = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not hooked and "forward" not in vars(linear)
+
+
+class CompiledShared(nn.Module):
+    """What is mixed into the class of a block's shared experts. Not used on its own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the family's, to rounding."""
+        linears = [getattr(self, name, None) for name in WEIGHTS]
+        if args or kwargs or not all(map(_plain, linears)) or torch.is_autocast_enabled("cpu"):
+            return super().forward(x, *args, **kwargs)
+        gate_FD, up_FD, down_DF = weights = [linear.weight for linear in linears]  # type: ignore[union-attr]
+        fits = gate_FD.shape == up_FD.shape == down_DF.shape[::-1] and x.shape[-1] == gate_FD.shape[-1]
+        if not fits or not all(t.is_cpu and t.dtype == torch.float32 for t in (x, *weights)):
+            return super().forward(x)
+        return SharedMLP.apply(x.flatten(0, -2), *weights).view(x.shape)
+
+
+@torch.no_grad()
+def is_shared_swiglu(shared: nn.Module) -> bool:
+    """Whether the module is down(silu(gate(x)) * up(x)) of three plain Linears and nothing more. Tried on random
+    weights and large values."""
+    if {name for name, _ in shared.named_parameters()} != {f"{name}.weight" for name in WEIGHTS}:
+        return False
+    if type(activation(shared)).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    generator = torch.Generator(CPU).manual_seed(0)
+    shapes = {"gate_proj": (3, 5), "up_proj": (3, 5), "down_proj": (5, 3)}
+    weights = {n: torch.randn(s, generator=generator, device=CPU, dtype=torch.float64) * 3 for n, s in shapes.items()}
+    x = torch.randn(9, 5, generator=generator, device=CPU, dtype=torch.float64) * 5
+    gate, up, down = weights.values()
+    expected = functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down)
+    try:
+        theirs = torch.func.functional_call(shared, {f"{n}.weight": w for n, w in weights.items()}, (x,))
+    except FAILURES:
+        return False
+    return isinstance(theirs, Tensor) and theirs.shape == x.shape and torch.allclose(theirs, expected, rtol=1e-9)

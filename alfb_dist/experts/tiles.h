@@ -1,0 +1,158 @@
+// Products of float32 matrices in tiles that stay in registers. Rows are picked by an index on the way in and added to
+// by one on the way out, which spares the passes that a library's product needs around it.
+//
+// A row of the result depends on its own row of a and on b alone: not on how many rows there are, nor on their order.
+#include "native.h"
+
+// A tile's sums fill the registers. INTERLEAVED takes halves of two vectors in turn.
+#ifdef __AVX512F__
+enum { LANES = 16, VECTORS = 4 };
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+enum { LANES = 8, VECTORS = 2 };
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+#ifdef __clang__
+#define INTERLEAVED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INTERLEAVED(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#endif
+enum { ROWS = 6, COLUMNS = LANES * VECTORS };
+enum { DEPTH = 512, DEPTH_DOWN = 128 };  // of a product at a time; the second where every step is another row of a
+enum { TRANSPOSED = 1, ADD = 1 };
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+
+// In memory row by row; with an index, its i-th row is row index[i] there.
+typedef struct {
+    const float *data;
+    int64_t width;
+    const int32_t *index;
+    int transposed;  // what is in memory is the transpose; as a left factor it has no index
+} matrix_t;
+
+typedef struct {
+    float *data;
+    int64_t width;
+    const int32_t *index;
+    int add;  // to what is there
+} result_t;
+
+typedef struct {
+    int64_t m, n, k;
+    matrix_t a, b;
+    result_t c;
+} product_t;
+
+static inline int64_t at(const int32_t *index, int64_t i) { return index ? index[i] : i; }
+
+// A whole tile of c: `rows` and `vectors` are constants wherever this is inlined.
+static inline __attribute__((always_inline)) void tile(int rows, int vectors, int64_t depth, const float *const *a,
+                                                       int64_t a_column, const float *b, float *const *c, int add) {
+    vector sum[ROWS][VECTORS];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) sum[i][v] = (vector){0};
+    for (int64_t k = 0, offset = 0; k < depth; k++, offset += a_column, b += COLUMNS) {
+        vector right[VECTORS];
+        for (int v = 0; v < vectors; v++) right[v] = *(const vector *)(b + v * LANES);
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < vectors; v++) sum[i][v] += a[i][offset] * right[v];
+    }
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) {
+            anywhere *to = (anywhere *)(c[i] + v * LANES);
+            *to = add ? *to + sum[i][v] : sum[i][v];
+        }
+}
+
+static void any_tile(int rows, int vectors, int64_t depth, const float *const *a, int64_t a_column, const float *b,
+                     float *const *c, int add) {
+#define TILE(R, V) \
+    case V * (ROWS + 1) + R: return tile(R, V, depth, a, a_column, b, c, add);
+#define TILES(V) TILE(1, V) TILE(2, V) TILE(3, V) TILE(4, V) TILE(5, V) TILE(6, V)
+    switch (vectors * (ROWS + 1) + rows) {
+        TILES(1)
+        TILES(2)
+#ifdef __AVX512F__
+        TILES(3)
+        TILES(4)
+#endif
+    }
+}
+
+// LANES rows of LANES numbers, `row` apart, become columns of a packed panel.
+static inline void transpose(const float *from, int64_t row, float *to) {
+    vector x[LANES], y[LANES];
+    for (int i = 0; i < LANES; i++) x[i] = *(const anywhere *)(from + i * row);
+    for (int done = 1; done < LANES; done *= 2) {  // interleaving the two halves log2(LANES) times transposes
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = INTERLEAVED(x[i], x[i + LANES / 2], FIRST_HALVES);
+            y[2 * i + 1] = INTERLEAVED(x[i], x[i + LANES / 2], SECOND_HALVES);
+        }
+        memcpy(x, y, sizeof x);
+    }
+    for (int i = 0; i < LANES; i++) *(vector *)(to + i * COLUMNS) = x[i];
+}
+
+// b[k .. k + depth, j .. j + columns] as (depth, COLUMNS), with zeros up to a whole vector.
+static void pack(matrix_t b, int64_t k, int64_t depth, int64_t j, int64_t columns, float *to) {
+    int64_t padded = (columns + LANES - 1) / LANES * LANES;
+    if (!b.transposed) {
+        for (int64_t q = 0; q < depth; q++, to += COLUMNS) {
+            const float *from = b.data + at(b.index, k + q) * b.width + j;
+            if (columns == COLUMNS) {
+                for (int v = 0; v < VECTORS; v++) *(vector *)(to + v * LANES) = *(const anywhere *)(from + v * LANES);
+                continue;
+            }
+            memcpy(to, from, sizeof(float) * columns);
+            for (int64_t i = columns; i < padded; i++) to[i] = 0;
+        }
+        return;
+    }
+    const float *from = b.data + j * b.width + k;
+    int64_t whole_depth = depth / LANES * LANES, whole_columns = columns / LANES * LANES;
+    for (int64_t i = 0; i < whole_columns; i += LANES)
+        for (int64_t q = 0; q < whole_depth; q += LANES) transpose(from + i * b.width + q, b.width, to + q * COLUMNS + i);
+    for (int64_t q = 0; q < depth; q++)
+        for (int64_t i = q < whole_depth ? whole_columns : 0; i < padded; i++)
+            to[q * COLUMNS + i] = i < columns ? from[i * b.width + q] : 0;
+}
+
+// c[:, j .. j + COLUMNS] from depth of k.
+static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j) {
+    float b[DEPTH * COLUMNS] __attribute__((aligned(4 * LANES))), part[ROWS * COLUMNS];
+    int64_t a_row = p->a.transposed ? 1 : p->a.width, a_column = p->a.transposed ? p->a.width : 1, rows;
+    int64_t columns = p->n - j < COLUMNS ? p->n - j : COLUMNS;
+    int whole = columns % LANES == 0, add = p->c.add || k > 0;
+    pack(p->b, k, depth, j, columns, b);
+    for (int64_t i = 0; i < p->m; i += rows) {
+        const float *a[ROWS];
+        float *c[ROWS], *to[ROWS];
+        int64_t left = p->m - i, tiles = (left + ROWS - 1) / ROWS;
+        rows = (left + tiles - 1) / tiles;
+        for (int64_t r = 0; r < rows; r++) {
+            a[r] = p->a.data + at(p->a.index, i + r) * a_row + k * a_column;
+            c[r] = p->c.data + at(p->c.index, i + r) * p->c.width + j;
+            to[r] = whole ? c[r] : part + r * COLUMNS;
+            for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c[r] + q, 1);
+        }
+        any_tile(rows, (columns + LANES - 1) / LANES, depth, a, a_column, b, to, whole && add);
+        for (int64_t r = 0; r < rows && !whole; r++)
+            for (int64_t q = 0; q < columns; q++) c[r][q] = to[r][q] + (add ? c[r][q] : 0.0f);
+    }
+}
+
+// c[m, n] = a[m, k] b[k, n]
+static void multiply(int64_t m, int64_t n, int64_t k, matrix_t a, matrix_t b, result_t c) {
+    product_t p = {m, n, k, a, b, c};
+    int64_t most = a.transposed ? DEPTH_DOWN : DEPTH;
+    for (int64_t done = 0; done < k; done += most) {
+        int64_t depth = k - done < most ? k - done : most;
+#pragma omp parallel for if (n > COLUMNS && m * n * depth >= 1 << 20)
+        for (int64_t j = 0; j < n; j += COLUMNS) panel(&p, done, depth, j);
+    }
+}
