@@ -17,7 +17,10 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 static void gather(const float *from, int64_t width, const int32_t *row, int64_t n, float *to) {
 #pragma omp parallel for if (n * width >= PARALLEL_FROM)
-    for (int64_t i = 0; i < n; i++) memcpy(to + i * (width + PAD), from + row[i] * width, sizeof(float) * width);
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t q = 0; i + 4 < n && q < width; q += 16) __builtin_prefetch(from + row[i + 4] * width + q, 0, 2);
+        memcpy(to + i * (width + PAD), from + row[i] * width, sizeof(float) * width);
+    }
 }
 
 static void swiglu(int64_t n, int64_t F, const float *gate_up, const float *weight, float *h) {
@@ -58,7 +61,8 @@ static int64_t together(mlp_t mlp) { return mlp.up == mlp.gate + mlp.F * mlp.D ?
 static void forward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, float *kept, float *h, result_t out) {
     int64_t D = mlp.D, F = mlp.F, step = together(mlp);
     for (int64_t done = 0; done < 2 * F; done += step)
-        multiply(n, step, D, x, (matrix_t){done ? mlp.up : mlp.gate, D, NULL, TRANSPOSED}, (result_t){kept + done, 2 * F});
+        multiply(n, step, D, x, (matrix_t){done ? mlp.up : mlp.gate, D, NULL, TRANSPOSED},
+                 (result_t){kept + done, 2 * F});
     swiglu(n, F, kept, weight, h);
     multiply(n, D, F, (matrix_t){h, F + PAD}, (matrix_t){mlp.down, F, NULL, TRANSPOSED}, out);
 }
@@ -140,7 +144,8 @@ void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F
             look_up(n, top_k, slot, weight, row, w);
             gather(grad, D, row, n, grad_part);
             backward_piece(n, mlp, (matrix_t){x, D, row}, w, kept, (matrix_t){grad_part, D + PAD},
-                           (result_t){grad_x, D, row, ADD}, grad_w, grad_gate_up, grad_down, add, (float *)(row + piece));
+                           (result_t){grad_x, D, row, ADD}, grad_w, grad_gate_up, grad_down, add,
+                           (float *)(row + piece));
             for (int64_t i = 0; i < n; i++) grad_weight[slot[i]] = grad_w[i];
         }
         gate_up += 2 * F * D, down += D * F, grad_gate_up += 2 * F * D, grad_down += D * F;

@@ -19,8 +19,8 @@ enum { LANES = 8, VECTORS = 2 };
 #else
 #define INTERLEAVED(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #endif
-enum { ROWS = 6, COLUMNS = LANES * VECTORS };
-enum { DEPTH = 512, DEPTH_DOWN = 128 };  // of a product at a time; the second where every step is another row of a
+enum { ROWS = 6, WIDTH = LANES * VECTORS };  // of a tile
+enum { COLUMNS = 64, DEPTH = 512, DEPTH_DOWN = 128 };  // of b at a time; the last where each step is another row of a
 enum { TRANSPOSED = 1, ADD = 1 };
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -32,7 +32,7 @@ typedef struct {
     const float *data;
     int64_t width;
     const int32_t *index;
-    int transposed;  // what is in memory is the transpose; as a left factor it has no index
+    int transposed;  // what is in memory is the transpose; then there is no index
 } matrix_t;
 
 typedef struct {
@@ -56,7 +56,8 @@ static inline __attribute__((always_inline)) void tile(int rows, int vectors, in
     vector sum[ROWS][VECTORS];
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < vectors; v++) sum[i][v] = (vector){0};
-    for (int64_t k = 0, offset = 0; k < depth; k++, offset += a_column, b += COLUMNS) {
+#pragma GCC unroll 4
+    for (int64_t k = 0, offset = 0; k < depth; k++, offset += a_column, b += WIDTH) {
         vector right[VECTORS];
         for (int v = 0; v < vectors; v++) right[v] = *(const vector *)(b + v * LANES);
         for (int i = 0; i < rows; i++)
@@ -95,39 +96,42 @@ static inline void transpose(const float *from, int64_t row, float *to) {
         }
         memcpy(x, y, sizeof x);
     }
-    for (int i = 0; i < LANES; i++) *(vector *)(to + i * COLUMNS) = x[i];
+    for (int i = 0; i < LANES; i++) *(vector *)(to + i * WIDTH) = x[i];
 }
 
-// b[k .. k + depth, j .. j + columns] as (depth, COLUMNS), with zeros up to a whole vector.
+// Where column i of a packed panel begins; its next row is WIDTH further.
+static inline int64_t place(int64_t i, int64_t depth) { return i / WIDTH * WIDTH * depth + i % WIDTH; }
+
+// b[k .. k + depth, j .. j + columns], one tile's columns after the other's, with zeros up to a whole vector.
 static void pack(matrix_t b, int64_t k, int64_t depth, int64_t j, int64_t columns, float *to) {
-    int64_t padded = (columns + LANES - 1) / LANES * LANES;
-    if (!b.transposed) {
-        for (int64_t q = 0; q < depth; q++, to += COLUMNS) {
+    int64_t whole = columns / LANES * LANES, whole_depth = b.transposed ? depth / LANES * LANES : depth;
+    int64_t row = b.transposed ? 1 : b.width, column = b.transposed ? b.width : 1;
+    if (b.transposed)
+        for (int64_t i = 0; i < whole; i += LANES)
+            for (int64_t q = 0; q < whole_depth; q += LANES)
+                transpose(b.data + (j + i) * b.width + k + q, b.width, to + place(i, depth) + q * WIDTH);
+    else
+        for (int64_t q = 0; q < depth; q++) {
             const float *from = b.data + at(b.index, k + q) * b.width + j;
-            if (columns == COLUMNS) {
-                for (int v = 0; v < VECTORS; v++) *(vector *)(to + v * LANES) = *(const anywhere *)(from + v * LANES);
+            if (whole == COLUMNS) {
+                for (int i = 0; i < COLUMNS; i += LANES)
+                    *(vector *)(to + place(i, depth) + q * WIDTH) = *(const anywhere *)(from + i);
                 continue;
             }
-            memcpy(to, from, sizeof(float) * columns);
-            for (int64_t i = columns; i < padded; i++) to[i] = 0;
+            for (int64_t i = 0; i < whole; i += LANES)
+                *(vector *)(to + place(i, depth) + q * WIDTH) = *(const anywhere *)(from + i);
         }
-        return;
-    }
-    const float *from = b.data + j * b.width + k;
-    int64_t whole_depth = depth / LANES * LANES, whole_columns = columns / LANES * LANES;
-    for (int64_t i = 0; i < whole_columns; i += LANES)
-        for (int64_t q = 0; q < whole_depth; q += LANES) transpose(from + i * b.width + q, b.width, to + q * COLUMNS + i);
-    for (int64_t q = 0; q < depth; q++)
-        for (int64_t i = q < whole_depth ? whole_columns : 0; i < padded; i++)
-            to[q * COLUMNS + i] = i < columns ? from[i * b.width + q] : 0;
+    for (int64_t q = whole < columns ? 0 : whole_depth; q < depth; q++)
+        for (int64_t i = q < whole_depth ? whole : 0; i < columns || i % LANES; i++)
+            to[place(i, depth) + q * WIDTH] = i < columns ? b.data[at(b.index, k + q) * row + (j + i) * column] : 0;
 }
 
 // c[:, j .. j + COLUMNS] from depth of k.
 static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j) {
-    float b[DEPTH * COLUMNS] __attribute__((aligned(4 * LANES))), part[ROWS * COLUMNS];
+    float b[DEPTH * COLUMNS] __attribute__((aligned(4 * LANES))), part[ROWS * WIDTH];
     int64_t a_row = p->a.transposed ? 1 : p->a.width, a_column = p->a.transposed ? p->a.width : 1, rows;
     int64_t columns = p->n - j < COLUMNS ? p->n - j : COLUMNS;
-    int whole = columns % LANES == 0, add = p->c.add || k > 0;
+    int add = p->c.add || k > 0;
     pack(p->b, k, depth, j, columns, b);
     for (int64_t i = 0; i < p->m; i += rows) {
         const float *a[ROWS];
@@ -137,12 +141,16 @@ static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j) {
         for (int64_t r = 0; r < rows; r++) {
             a[r] = p->a.data + at(p->a.index, i + r) * a_row + k * a_column;
             c[r] = p->c.data + at(p->c.index, i + r) * p->c.width + j;
-            to[r] = whole ? c[r] : part + r * COLUMNS;
-            for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c[r] + q, 1);
+            for (int64_t q = 0; q < columns; q += 16) __builtin_prefetch(c[r] + q, 0, 2);  // into the second cache
         }
-        any_tile(rows, (columns + LANES - 1) / LANES, depth, a, a_column, b, to, whole && add);
-        for (int64_t r = 0; r < rows && !whole; r++)
-            for (int64_t q = 0; q < columns; q++) c[r][q] = to[r][q] + (add ? c[r][q] : 0.0f);
+        for (int64_t q = 0; q < columns; q += WIDTH) {
+            int64_t width = columns - q < WIDTH ? columns - q : WIDTH;
+            int whole = width % LANES == 0;
+            for (int64_t r = 0; r < rows; r++) to[r] = whole ? c[r] + q : part + r * WIDTH;
+            any_tile(rows, (width + LANES - 1) / LANES, depth, a, a_column, b + q * depth, to, whole && add);
+            for (int64_t r = 0; r < rows && !whole; r++)
+                for (int64_t e = 0; e < width; e++) c[r][q + e] = to[r][e] + (add ? c[r][q + e] : 0.0f);
+        }
     }
 }
 
