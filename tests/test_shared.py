@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import family_model
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3MLP
 
@@ -14,7 +15,6 @@ from alfb_dist import parallelize
 from alfb_dist.experts import native
 from alfb_dist.experts.shared import CompiledShared, SharedMLP, is_shared_swiglu
 from alfb_dist.gate import mix
-from tiny_families import family_model
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler on this machine")
 
@@ -65,6 +65,18 @@ def test_the_kernels_run_and_threads_change_nothing(threads: int) -> None:
         torch.set_num_threads(before)
     assert type(module(x.requires_grad_()).grad_fn.next_functions[0][0]).__name__ == "SharedMLPBackward"
     assert all(map(torch.equal, one, again))
+
+
+@needs_compiler
+def test_where_weights_lie_changes_no_bit() -> None:
+    """A folder that is read at once may leave gate and up side by side, another way of loading not."""
+    apart, x = compiled(family(96, 40)), torch.randn(70, 96)
+    beside, both = copy.deepcopy(apart), torch.empty(2, 40, 96)
+    for part, name in zip(both, ("gate_proj", "up_proj")):
+        linear = getattr(beside, name)
+        linear.weight = nn.Parameter(part.copy_(linear.weight.detach()))
+    assert beside.up_proj.weight.data_ptr() == beside.gate_proj.weight.data_ptr() + 40 * 96 * 4
+    assert all(map(torch.equal, results(apart, x, torch.float32), results(beside, x, torch.float32)))
 
 
 @needs_compiler
@@ -159,5 +171,5 @@ def test_parallelize_compiles_shared_experts_and_leaves_their_names() -> None:
     names = list(model.state_dict())
     parallelize(model, ep_degree=1)
     shared = [m for m in model.modules() if isinstance(m, CompiledShared)]
-    assert shared and list(model.state_dict()) == names
+    assert list(model.state_dict()) == names
     assert len(shared) == sum(name.endswith("shared_experts") for name, _ in model.named_modules())

@@ -7,9 +7,10 @@
 #define PARALLEL_FROM 65536  // elements below which starting threads costs more than it saves
 enum { PAD = 16 };           // columns after a left factor's row, or rows of a power of two share too few cache sets
 
-// The weights of one expert: gate and up (F, D), down (D, F).
+// The weights of one expert: gate and up (F, D), down (D, F). `together`: so many rows of gate and up in a product, all
+// 2F where up always follows gate. Not where it may by chance: the bits of a result are no matter of addresses.
 typedef struct {
-    int64_t D, F;
+    int64_t D, F, together;
     const float *gate, *up, *down;
 } mlp_t;
 
@@ -54,12 +55,9 @@ static void swiglu_backward(int64_t n, int64_t F, const float *gate_up, const fl
     }
 }
 
-// Gate and up lie together in routed experts, apart in shared ones: so many rows of them at once.
-static int64_t together(mlp_t mlp) { return mlp.up == mlp.gate + mlp.F * mlp.D ? 2 * mlp.F : mlp.F; }
-
 // n rows of x; weight (n) or NULL for 1. kept (n, 2F): out. h: scratch of n (F + PAD) floats.
 static void forward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, float *kept, float *h, result_t out) {
-    int64_t D = mlp.D, F = mlp.F, step = together(mlp);
+    int64_t D = mlp.D, F = mlp.F, step = mlp.together;
     for (int64_t done = 0; done < 2 * F; done += step)
         multiply(n, step, D, x, (matrix_t){done ? mlp.up : mlp.gate, D, NULL, TRANSPOSED},
                  (result_t){kept + done, 2 * F});
@@ -72,7 +70,7 @@ static void forward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight,
 static void backward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, const float *kept, matrix_t grad,
                            result_t grad_x, float *grad_weight, float *grad_gate_up, float *grad_down, int add,
                            float *scratch) {
-    int64_t D = mlp.D, F = mlp.F, step = together(mlp), wide = 2 * F + PAD;
+    int64_t D = mlp.D, F = mlp.F, step = mlp.together, wide = 2 * F + PAD;
     float *grad_h = scratch, *h = grad_h + n * F, *grad_kept = h + n * F;
     multiply(n, F, D, grad, (matrix_t){mlp.down, F}, (result_t){grad_h, F});
     swiglu_backward(n, F, kept, weight, grad_h, h, grad_kept, grad_weight);
@@ -112,7 +110,7 @@ void forward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F,
     int32_t *row = (int32_t *)(w + piece);
     memset(out, 0, sizeof(float) * rows * D);
     for (int64_t e = 0; e < experts; e++, gate_up += 2 * F * D, down += D * F) {
-        mlp_t mlp = {D, F, gate_up, gate_up + F * D, down};
+        mlp_t mlp = {D, F, 2 * F, gate_up, gate_up + F * D, down};
         for (int64_t left = sizes[e], n; left > 0; left -= n, slot += n, kept += n * 2 * F) {
             n = left < piece ? left : piece;
             look_up(n, top_k, slot, weight, row, w);
@@ -133,7 +131,7 @@ void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F
     memset(grad_x, 0, sizeof(float) * rows * D);
     memset(grad_weight, 0, sizeof(float) * rows * top_k);
     for (int64_t e = 0; e < experts; e++) {
-        mlp_t mlp = {D, F, gate_up, gate_up + F * D, down};
+        mlp_t mlp = {D, F, 2 * F, gate_up, gate_up + F * D, down};
         int add = 0;
         if (sizes[e] == 0) {
             memset(grad_gate_up, 0, sizeof(float) * 2 * F * D);
@@ -158,7 +156,7 @@ void shared_forward(int64_t rows, int64_t D, int64_t F, int64_t piece, const flo
                     const float *up, const float *down, float *kept, float *out, float *scratch) {
     for (int64_t done = 0, n; done < rows; done += n) {
         n = rows - done < piece ? rows - done : piece;
-        forward_piece(n, (mlp_t){D, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F, scratch,
+        forward_piece(n, (mlp_t){D, F, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F, scratch,
                       (result_t){out + done * D, D});
     }
 }
@@ -170,7 +168,7 @@ void shared_backward(int64_t rows, int64_t D, int64_t F, int64_t piece, const fl
                      float *grad_gate_up, float *grad_down, float *scratch) {
     for (int64_t done = 0, n; done < rows; done += n) {
         n = rows - done < piece ? rows - done : piece;
-        backward_piece(n, (mlp_t){D, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F,
+        backward_piece(n, (mlp_t){D, F, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F,
                        (matrix_t){grad + done * D, D}, (result_t){grad_x + done * D, D}, NULL, grad_gate_up, grad_down,
                        done > 0, scratch);
     }
