@@ -21,8 +21,8 @@ from alfb_dist.families import num_choices, score_matrix
 from alfb_dist.profiling import span
 from alfb_dist.recompute import Run, SameChoice
 from alfb_dist.router import RouterSpec, choose_experts, combine_weights, gate_scores
-from alfb_dist.trial import find_choice, find_rule, float32_logits
-from alfb_dist.weighing import Commit, Weighing, supported
+from alfb_dist.trial import find_choice, find_rule
+from alfb_dist.weighing import Commit, Weighing, gate_logits, supported
 
 
 @dataclass
@@ -165,7 +165,7 @@ class BalancedGate(nn.Module):
     def _route(self, hidden_states: Tensor) -> tuple[tuple[Tensor, ...], _Counted | None]:
         """The family's outputs, and what else compiled passes gave, where they ran."""
         assert self.spec is not None
-        logits_TE = float32_logits(hidden_states, self.get_parameter(self.weight_name))
+        logits_TE = gate_logits(hidden_states, self.get_parameter(self.weight_name))
         scores_TE = gate_scores(logits_TE, self.spec)
         ids_TK = choose_experts(scores_TE.detach(), self.bias_E, self.spec)
         if not supported(scores_TE, self.spec.top_k):

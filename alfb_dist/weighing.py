@@ -1,7 +1,7 @@
-"""Weights and load from scores and choices, on a CPU by compiled passes (weighing.c) that give torch's bits.
+"""What of a gate is compiled on a CPU: its logits' backward, and all from scores and choices to weights and load.
 
-Torch's graph has a dozen operations for them, on a few numbers each: in a small layer they cost more than the gate's
-product.
+The latter (weighing.c) gives torch's bits. Torch's graph has a dozen operations for it, on a few numbers each: in a
+small layer they cost more than the gate's product.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
+from alfb_dist import arena
 from alfb_dist.compiler import load
+from alfb_dist.experts import native
 from alfb_dist.router import RouterSpec, combine_weights
+from alfb_dist.trial import float32_logits
 
 
 class CountsLoad(Protocol):
@@ -38,6 +42,34 @@ class Commit:
         if self.load_E is not None:
             self.gate.add_load(self.load_E)
         self.load_E = None  # a second backward through the same graph (retain_graph) brings no new tokens
+
+
+class _Logits(torch.autograd.Function):
+    """A product whose bits decide on experts, so torch's own; the backward is by the experts' kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
+        ctx.save_for_backward(x_TD, weight_ED)
+        return functional.linear(x_TD, weight_ED)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD = arena.empty(x_TD.shape, x_TD) if ctx.needs_input_grad[0] else None
+        grad_weight_ED = torch.empty_like(weight_ED)
+        sizes = (len(x_TD), *weight_ED.shape)
+        native.call("linear_backward", *sizes, x_TD, weight_ED, grads[0].contiguous(), grad_x_TD, grad_weight_ED)
+        return grad_x_TD, grad_weight_ED
+
+
+def gate_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
+    """`float32_logits`, to the bit: (T, E)."""
+    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if not (x_TD.is_cpu and x_TD.dtype == weight_ED.dtype == torch.float32 and native.library()):
+        return float32_logits(x_TD, weight_ED)
+    return _Logits.apply(x_TD, weight_ED)
 
 
 @functools.cache

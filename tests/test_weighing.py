@@ -1,4 +1,4 @@
-"""The compiled weighing against the same weighing differentiated by torch: to the bit, forward and backward."""
+"""What of a gate is compiled, against torch: all to the bit but the logits' backward."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alfb_dist import weighing
 from alfb_dist.router import RouterSpec, combine_weights
-from alfb_dist.weighing import Commit, Weighing, supported
+from alfb_dist.weighing import Commit, Weighing, gate_logits, supported
 
 pytestmark = pytest.mark.skipif(weighing.library() is None, reason="no C compiler on this machine")
 
@@ -119,3 +119,24 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_other_types_go_through_torch(kind: Any) -> None:
     assert not supported(torch.zeros(3, 8, dtype=kind), 2)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(37, 5, 12), (1, 1, 1), (300, 64, 70), (0, 4, 8)])
+@pytest.mark.parametrize("frozen", ["nothing", "tokens", "weight"])
+def test_logits_are_torchs_and_their_gradients_the_products(tokens: int, experts: int, width: int, frozen: str) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x_TD, weight_ED, grad_TE = (
+        torch.randn(shape, generator=generator) for shape in ((tokens, width), (experts, width), (tokens, experts))
+    )
+    x_TD.requires_grad_(frozen != "tokens")
+    weight_ED.requires_grad_(frozen != "weight")
+    logits_TE = gate_logits(x_TD.view(1, tokens, width), weight_ED)
+    assert torch.equal(logits_TE, nn.functional.linear(x_TD, weight_ED))
+    logits_TE.backward(grad_TE)
+    expected = {"x": grad_TE.double() @ weight_ED.double(), "weight": grad_TE.double().T @ x_TD.double()}
+    for name, leaf in (("x", x_TD), ("weight", weight_ED)):
+        if leaf.requires_grad:
+            assert leaf.grad is not None
+            torch.testing.assert_close(leaf.grad.double(), expected[name], rtol=1e-5, atol=1e-5 * tokens**0.5)
+        else:
+            assert leaf.grad is None

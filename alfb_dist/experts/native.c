@@ -173,3 +173,11 @@ void shared_backward(int64_t rows, int64_t D, int64_t F, int64_t piece, const fl
                        done > 0, scratch);
     }
 }
+
+// Of y = x weight^T with x (R, D), weight (E, D): from grad (R, E) to grad_x, unless that is NULL, and grad_weight.
+void linear_backward(int64_t rows, int64_t E, int64_t D, const float *x, const float *weight, const float *grad,
+                     float *grad_x, float *grad_weight) {
+    if (grad_x) multiply(rows, D, E, (matrix_t){grad, E}, (matrix_t){weight, D}, (result_t){grad_x, D});
+    if (rows == 0) memset(grad_weight, 0, sizeof(float) * E * D);
+    multiply(E, D, rows, (matrix_t){grad, E, NULL, TRANSPOSED}, (matrix_t){x, D}, (result_t){grad_weight, D});
+}

@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "backward": (6, 13),
     "shared_forward": (4, 7),
     "shared_backward": (4, 10),
+    "linear_backward": (3, 5),
 }
 """What the kernels take: so many numbers, then so many pointers."""
 
