@@ -20,7 +20,7 @@ enum { LANES = 8, VECTORS = 2 };
 #define INTERLEAVED(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #endif
 enum { ROWS = 6, WIDTH = LANES * VECTORS };  // of a tile
-enum { COLUMNS = 64, DEPTH = 512, DEPTH_DOWN = 128 };  // of b at a time; the last where each step is another row of a
+enum { COLUMNS = 64, DEPTH = 512, DEPTH_DOWN = 320 };  // of b at a time; the last where each step is another row of a
 enum { TRANSPOSED = 1, ADD = 1 };
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -154,12 +154,12 @@ static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j) {
     }
 }
 
-// c[m, n] = a[m, k] b[k, n]
+// c[m, n] = a[m, k] b[k, n], by parts of k of nearly the same depth
 static void multiply(int64_t m, int64_t n, int64_t k, matrix_t a, matrix_t b, result_t c) {
     product_t p = {m, n, k, a, b, c};
-    int64_t most = a.transposed ? DEPTH_DOWN : DEPTH;
-    for (int64_t done = 0; done < k; done += most) {
-        int64_t depth = k - done < most ? k - done : most;
+    int64_t most = a.transposed ? DEPTH_DOWN : DEPTH, parts = (k + most - 1) / most;
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t done = k * part / parts, depth = k * (part + 1) / parts - done;
 #pragma omp parallel for if (n > COLUMNS && m * n * depth >= 1 << 20)
         for (int64_t j = 0; j < n; j += COLUMNS) panel(&p, done, depth, j);
     }
