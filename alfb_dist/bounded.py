@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alfb_dist.dispatch import destinations
 from alfb_dist.exchange import Exchange
+from alfb_dist.routes import destinations
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_TD, expert_ids_TK, weights_TK) -> (T, D), each token's own; collective."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alfb_dist import arena
 from alfb_dist.exchange import Exchange, Underway
+from alfb_dist.routes import add_up, plan
 
 
 @dataclass
@@ -54,13 +55,6 @@ def _parts(counts: list[int]) -> list[slice]:
     return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts))]
 
 
-def destinations(expert_ids_TK: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
-    """Which tokens go to which rank: (P, T) bool. Empty slots go nowhere."""
-    rank_TK = expert_ids_TK // num_local_experts
-    goes_PT = torch.zeros(num_ranks + 1, len(rank_TK), dtype=torch.bool, device=rank_TK.device)
-    return goes_PT.scatter_(0, rank_TK.T, True)[:num_ranks]
-
-
 def send(
     x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, exchange: Exchange | None
 ) -> Sent:
@@ -72,17 +66,9 @@ def send(
     """
     if exchange is None or exchange.num_ranks == 1:
         return Sent(x_TD, weights_TK, expert_ids_TK)
-    goes_PT = destinations(expert_ids_TK, num_local_experts, exchange.num_ranks)
-    rank_N, token_N = goes_PT.nonzero(as_tuple=True)
-    local_NK = expert_ids_TK.index_select(0, token_N) - (rank_N * num_local_experts)[:, None]
-    empty_NK = (local_NK < 0) | (local_NK >= num_local_experts)
-    local_NK = local_NK.masked_fill_(empty_NK, num_local_experts).to(torch.int32)
-    rank_S = (expert_ids_TK // num_local_experts).flatten()
-    slots_P = rank_S.new_zeros(exchange.num_ranks + 1).scatter_add_(0, rank_S, torch.ones_like(rank_S))
-    send_counts, slot_counts = torch.stack([goes_PT.sum(1), slots_P[:-1]]).tolist()  # one wait for the device
-    route = Route(exchange, x_TD.shape[0], token_N, empty_NK, send_counts, [])
-    weights_NK = weights_TK.detach().index_select(0, token_N).masked_fill_(empty_NK, 0)
-    sent = Sent(x_TD.detach(), weights_NK, local_NK, route, slot_counts)
+    rows = plan(expert_ids_TK, weights_TK.detach(), num_local_experts, exchange.num_ranks)
+    route = Route(exchange, x_TD.shape[0], rows.token_N, rows.empty_NK, rows.row_counts, [])
+    sent = Sent(x_TD.detach(), rows.weights_NK, rows.ids_NK, route, rows.slot_counts)
     sent.ticket = _Send.apply(x_TD, weights_TK, sent)
     return sent
 
@@ -124,12 +110,10 @@ def _join(small_N: Tensor, counts: list[int], arrived: list[Tensor], route: Rout
 
 def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     """What the ranks made of each token summed, in rank order, of which rows_RD is what this one made: (T, D)."""
-    total_TD = arena.zeros((route.num_tokens, rows_RD.shape[1]), rows_RD)
-    for rank, (part, rows) in enumerate(zip(_parts(route.send_counts), arrived)):
-        if rank == route.rank:
-            rows = rows_RD[_parts(route.receive_counts)[rank]]
-        total_TD.index_add_(0, route.token_N[part], rows)
-    return total_TD
+    own = rows_RD[_parts(route.receive_counts)[route.rank]]
+    tokens = [route.token_N[part] for part in _parts(route.send_counts)]
+    rows = [own if rank == route.rank else part for rank, part in enumerate(arrived)]
+    return add_up(list(zip(tokens, rows)), route.num_tokens)
 
 
 class _Send(torch.autograd.Function):

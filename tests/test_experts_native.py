@@ -104,6 +104,15 @@ def test_what_is_not_finite_stays_visible(value: float) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_ids_of_no_expert_are_refused(wrong: int) -> None:
+    x, ids, *rest = make_case(0, 6, 4, 2, 8, 4)
+    ids[3, 1] = wrong
+    with pytest.raises(IndexError, match=r"expert ids must be in \[0, 4\]"):
+        expert_mlp(x, ids, *rest, ACT)
+
+
+@needs_compiler
 def test_loading_the_kernels_leaves_the_process_its_small_numbers() -> None:
     assert native.library() is not None
     assert 5e-324 * 1.0 != 0  # linked with -ffast-math, the library would make the whole process flush these to zero

@@ -22,7 +22,7 @@ ROOT = PACKAGE.name
 
 ORDER = """
     stop profiling lifeline network launcher config placement topology collectives peers agreement metrics balance
-    router aux_loss arena compiler shared_memory mailbox exchange dispatch bounded experts attention
+    router aux_loss arena compiler shared_memory mailbox exchange routes dispatch bounded experts attention
     recompute choice families trial weighing gate beside frozen moe sharding mend autoep balancer
     data ds_config engine checkpoint pretrained model callback
     report estimate run_folder preflight run train bench launching doctor cli

@@ -90,11 +90,14 @@ static void look_up(int64_t n, int64_t top_k, const int32_t *slot, const float *
 }
 
 // Slots sorted by expert, stable, in `slot`; ids of `experts` are left out. sizes: of each expert, and room for one
-// more. How many slots there are in all.
+// more. How many slots there are in all, or -1 if an id is none of these.
 int64_t sort_slots(int64_t slots, int64_t experts, const int64_t *ids, int64_t *sizes, int32_t *slot) {
     int64_t next[experts + 1], start = 0;
     memset(sizes, 0, sizeof(int64_t) * (experts + 1));
-    for (int64_t i = 0; i < slots; i++) sizes[ids[i]]++;
+    for (int64_t i = 0; i < slots; i++) {
+        if (ids[i] < 0 || ids[i] > experts) return -1;
+        sizes[ids[i]]++;
+    }
     for (int64_t e = 0; e < experts; start += sizes[e++]) next[e] = start;
     for (int64_t i = 0; i < slots; i++)
         if (ids[i] < experts) slot[next[ids[i]]++] = (int32_t)i;

@@ -85,6 +85,8 @@ class NativeMLP(torch.autograd.Function):
         sizes = torch.empty(num_experts + 1, dtype=torch.int64)
         slots = torch.empty(ids_RK.numel(), dtype=torch.int32)
         num_rows = call("sort_slots", ids_RK.numel(), num_experts, ids_RK, sizes, slots)
+        if num_rows < 0:
+            raise IndexError(f"expert ids must be in [0, {num_experts}], got {ids_RK.min()} to {ids_RK.max()}")
         piece = min(PIECE_ROWS, max(1, num_rows))
         kept_S2F = arena.empty((num_rows, 2 * width_F), x_RD)
         out_RD = arena.empty(x_RD.shape, x_RD)
