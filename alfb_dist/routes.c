@@ -48,8 +48,10 @@ void list_rows(int64_t T, int64_t K, int64_t P, int64_t local, const int64_t *id
 void add_rows(int64_t n, int64_t D, const int64_t *token, const float *rows, float *total, uint8_t *seen) {
     for (int64_t i = 0; i < n; i++, rows += D) {
         float *to = total + token[i] * D;
-        if (!seen[token[i]]) memcpy(to, rows, sizeof(float) * D);
-        for (int64_t j = 0; j < D && seen[token[i]]; j++) to[j] += rows[j];
+        if (seen[token[i]])
+            for (int64_t j = 0; j < D; j++) to[j] += rows[j];
+        else
+            memcpy(to, rows, sizeof(float) * D);
         seen[token[i]] = 1;
     }
 }
