@@ -45,7 +45,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
         command = [*command, str(source), "-o", str(made), "-lm"]
         try:
             subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, timeout=120)
-        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread between the products
+        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
             subprocess.run(command, check=True, capture_output=True, timeout=120)
         made.replace(library)  # whole or not at all, whoever else compiles it now
 

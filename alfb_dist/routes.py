@@ -47,9 +47,10 @@ def plan(expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_
     """The rows to send for these choices.
 
     expert_ids_TK: int64 in [0, E]; E marks an empty slot. Expert i belongs to rank i // num_local_experts.
-    Other ids raise IndexError, or RuntimeError as torch does where it is not compiled.
+    Other ids raise IndexError, or where it is not compiled RuntimeError, as torch does.
     """
-    if expert_ids_TK.is_cpu and weights_TK.dtype == torch.float32 and library() is not None:
+    known = expert_ids_TK.dtype == torch.int64 and weights_TK.dtype == torch.float32
+    if expert_ids_TK.is_cpu and known and library() is not None:
         return _compiled(expert_ids_TK.contiguous(), weights_TK.contiguous(), num_local_experts, num_ranks)
     return _by_torch(expert_ids_TK, weights_TK, num_local_experts, num_ranks)
 

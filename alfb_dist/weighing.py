@@ -49,16 +49,16 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
-        ctx.save_for_backward(x_TD, weight_ED)
+        ctx.save_for_backward(x_TD.contiguous(), weight_ED.contiguous())
         return functional.linear(x_TD, weight_ED)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD = arena.empty(x_TD.shape, x_TD) if ctx.needs_input_grad[0] else None
-        grad_weight_ED = torch.empty_like(weight_ED)
+        x_needs, weight_needs = ctx.needs_input_grad
+        grad_x_TD = arena.empty(x_TD.shape, x_TD) if x_needs else None
+        grad_weight_ED = torch.empty_like(weight_ED) if weight_needs else None
         sizes = (len(x_TD), *weight_ED.shape)
         native.call("linear_backward", *sizes, x_TD, weight_ED, grads[0].contiguous(), grad_x_TD, grad_weight_ED)
         return grad_x_TD, grad_weight_ED
@@ -67,7 +67,7 @@ class _Logits(torch.autograd.Function):
 def gate_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
     """`float32_logits`, to the bit: (T, E)."""
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    if not (x_TD.is_cpu and x_TD.dtype == weight_ED.dtype == torch.float32 and native.library()):
+    if native.traced() or not native.readable(x_TD, weight_ED):
         return float32_logits(x_TD, weight_ED)
     return _Logits.apply(x_TD, weight_ED)
 

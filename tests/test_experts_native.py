@@ -78,6 +78,20 @@ def test_an_expert_with_more_rows_than_a_piece_gives_the_same(piece_rows: int, m
 
 
 @needs_compiler
+@pytest.mark.parametrize("frozen", [(0,), (2,), (3,), (4,), (0, 2, 3), (3, 4)])
+def test_gradients_that_are_not_wanted_change_no_other(frozen: tuple[int, ...]) -> None:
+    case = make_case(5, 60, 4, 2, 20, 12)
+    wanted = [i for i in (0, 2, 3, 4) if i not in frozen]
+    gradients = []
+    for leaves in ((0, 2, 3, 4), wanted):
+        tensors = [t.clone().requires_grad_(i in leaves) for i, t in enumerate(case) if i != 1]
+        out = expert_mlp(tensors[0], case[1], *tensors[1:], ACT)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        gradients.append([t.grad for i, t in zip((0, 2, 3, 4), tensors) if i in wanted])
+    assert all(map(torch.equal, *gradients))
+
+
+@needs_compiler
 def test_several_threads_give_one_threads_result() -> None:
     case, before = make_case(1, 700, 2, 2, 192, 96), torch.get_num_threads()
     try:

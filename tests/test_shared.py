@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from tiny_families import family_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3MLP
 
 from alfb_dist import parallelize
@@ -90,11 +92,23 @@ def test_no_rows_give_zero_gradients() -> None:
 def test_tensors_that_are_not_contiguous_and_frozen_weights() -> None:
     module, x = family(), torch.randn(20, 9).T
     ours = compiled(module)
-    ours.up_proj.weight.requires_grad_(False)
-    out = ours(x)
-    out.backward(torch.ones(20, 9).T)
-    torch.testing.assert_close(out, module(x))
-    assert ours.up_proj.weight.grad is None and ours.gate_proj.weight.grad is not None
+    grad = torch.randn(20, 9).T
+    module(x).backward(grad)
+    for frozen in itertools.product([False, True], repeat=3):
+        for linear, still in zip((ours.gate_proj, ours.up_proj, ours.down_proj), frozen):
+            linear.weight.requires_grad_(not still)
+            linear.weight.grad = None
+        leaf = x.clone().requires_grad_(all(frozen) or not any(frozen))
+        ours(leaf).backward(grad)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            mine, theirs = getattr(ours, name).weight, getattr(module, name).weight
+            assert (mine.grad is None) != mine.requires_grad
+            if mine.requires_grad:
+                torch.testing.assert_close(mine.grad, theirs.grad)
+        if leaf.requires_grad:
+            again = x.clone().requires_grad_()
+            module(again).backward(grad, inputs=[again])
+            torch.testing.assert_close(leaf.grad, again.grad)
 
 
 class _Wrapped(nn.Module):
@@ -124,8 +138,12 @@ def _replace_forward(module: Any) -> None:
     module.up_proj.forward = lambda x: x[..., :12]
 
 
+def _swap_activation(module: Any) -> None:
+    module.act_fn = nn.GELU()
+
+
 @needs_compiler
-@pytest.mark.parametrize("change", [_hook, _wrap, _give_bias, _replace_forward])
+@pytest.mark.parametrize("change", [_hook, _wrap, _give_bias, _replace_forward, _swap_activation])
 def test_what_others_did_to_its_linears_counts(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = family(), torch.randn(5, 20)
     ours = compiled(module)
@@ -146,15 +164,41 @@ def test_other_types_and_autocast_are_the_familys(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(ours.double()(x.double()), module.double()(x.double()))
 
 
+@needs_compiler
+def test_what_torch_traces_or_transforms_is_the_familys() -> None:
+    module, x = family(), torch.randn(5, 20)
+    ours = compiled(module)
+    torch.testing.assert_close(torch.compile(ours, backend="eager", fullgraph=True)(x), module(x))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: ours(x).sum())(x), torch.func.grad(lambda x: module(x).sum())(x)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert ours(mode.from_tensor(x)).shape == x.shape
+    torch.testing.assert_close(ours(x[0]), module(x[0]))
+    torch.testing.assert_close(ours(x=x), module(x=x))
+
+
 class _Clamped(DeepseekV3MLP):
+    most = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).clamp(max=1)
+        return super().forward(x).clamp(max=self.most)
+
+
+class _Dropping(DeepseekV3MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), training=self.training)
 
 
 def test_only_plain_swiglu_is_taken() -> None:
     assert is_shared_swiglu(family())
     config = DeepseekV3Config(hidden_size=20, intermediate_size=12)
-    assert not is_shared_swiglu(_Clamped(config))
+    for most in (1, 1000, 1e5):
+        module = _Clamped(config)
+        module.most = most
+        assert not is_shared_swiglu(module)
+    dropping = _Dropping(config).eval()
+    assert not is_shared_swiglu(dropping) and not dropping.training and not dropping.act_fn.training
     config.hidden_act = "gelu"
     assert not is_shared_swiglu(DeepseekV3MLP(config))
     biased = family()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alfb_dist import weighing
 from alfb_dist.router import RouterSpec, combine_weights
+from alfb_dist.trial import float32_logits
 from alfb_dist.weighing import Commit, Weighing, gate_logits, supported
 
 pytestmark = pytest.mark.skipif(weighing.library() is None, reason="no C compiler on this machine")
@@ -140,3 +141,18 @@ def test_logits_are_torchs_and_their_gradients_the_products(tokens: int, experts
             torch.testing.assert_close(leaf.grad.double(), expected[name], rtol=1e-5, atol=1e-5 * tokens**0.5)
         else:
             assert leaf.grad is None
+
+
+def test_logits_under_autocast_are_the_familys() -> None:
+    x_TD, weight_ED = torch.randn(300, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+    gradients = []
+    for logits in (gate_logits, float32_logits):
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients.append(torch.autograd.grad(logits(x_TD, weight_ED).float().square().sum(), (x_TD, weight_ED)))
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_logits_of_what_is_not_contiguous_keep_their_bits(num_tokens: int) -> None:
+    x_TD, weight_ED = torch.randn(512, num_tokens).T, torch.randn(512, 64).T
+    assert torch.equal(gate_logits(x_TD, weight_ED), float32_logits(x_TD, weight_ED))

@@ -66,7 +66,7 @@ static void forward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight,
 }
 
 // With grad, the output's, and what the forward kept. grad_gate_up (2F, D), grad_down (D, F): out, or added to.
-// grad_weight: (n), if there is a weight. scratch: n (4 F + PAD) floats.
+// grad_weight: (n), if there is a weight. scratch: n (4 F + PAD) floats. Gradients that are NULL are not wanted.
 static void backward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, const float *kept, matrix_t grad,
                            result_t grad_x, float *grad_weight, float *grad_gate_up, float *grad_down, int add,
                            float *scratch) {
@@ -74,10 +74,12 @@ static void backward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight
     float *grad_h = scratch, *h = grad_h + n * F, *grad_kept = h + n * F;
     multiply(n, F, D, grad, (matrix_t){mlp.down, F}, (result_t){grad_h, F});
     swiglu_backward(n, F, kept, weight, grad_h, h, grad_kept, grad_weight);
-    multiply(D, F, n, (matrix_t){grad.data, grad.width, NULL, TRANSPOSED}, (matrix_t){h, F},
-             (result_t){grad_down, F, NULL, add});
-    multiply(2 * F, D, n, (matrix_t){grad_kept, wide, NULL, TRANSPOSED}, x, (result_t){grad_gate_up, D, NULL, add});
-    for (int64_t done = 0; done < 2 * F; done += step, grad_x.add = ADD)
+    if (grad_down)
+        multiply(D, F, n, (matrix_t){grad.data, grad.width, NULL, TRANSPOSED}, (matrix_t){h, F},
+                 (result_t){grad_down, F, NULL, add});
+    if (grad_gate_up)
+        multiply(2 * F, D, n, (matrix_t){grad_kept, wide, NULL, TRANSPOSED}, x, (result_t){grad_gate_up, D, NULL, add});
+    for (int64_t done = 0; done < 2 * F && grad_x.data; done += step, grad_x.add = ADD)
         multiply(n, D, step, (matrix_t){grad_kept + done, wide}, (matrix_t){done ? mlp.up : mlp.gate, D}, grad_x);
 }
 
@@ -123,7 +125,8 @@ void forward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F,
     }
 }
 
-// As forward, with grad (R, D) in; grad_x (R, D), grad_weight (R K), grad_gate_up, grad_down: out.
+// As forward, with grad (R, D) in; grad_x (R, D), grad_weight (R K), grad_gate_up, grad_down: out, all but grad_weight
+// unless NULL.
 // scratch: piece (D + 4 F + 2 PAD + 3) floats.
 void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece, const int64_t *sizes,
               const int32_t *slot, const float *weight, const float *x, const float *gate_up, const float *down,
@@ -131,15 +134,13 @@ void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F
               float *grad_down, float *scratch) {
     float *grad_part = scratch, *w = grad_part + piece * (D + PAD), *grad_w = w + piece;
     int32_t *row = (int32_t *)(grad_w + piece);
-    memset(grad_x, 0, sizeof(float) * rows * D);
+    if (grad_x) memset(grad_x, 0, sizeof(float) * rows * D);
     memset(grad_weight, 0, sizeof(float) * rows * top_k);
     for (int64_t e = 0; e < experts; e++) {
         mlp_t mlp = {D, F, 2 * F, gate_up, gate_up + F * D, down};
         int add = 0;
-        if (sizes[e] == 0) {
-            memset(grad_gate_up, 0, sizeof(float) * 2 * F * D);
-            memset(grad_down, 0, sizeof(float) * D * F);
-        }
+        if (sizes[e] == 0 && grad_gate_up) memset(grad_gate_up, 0, sizeof(float) * 2 * F * D);
+        if (sizes[e] == 0 && grad_down) memset(grad_down, 0, sizeof(float) * D * F);
         for (int64_t left = sizes[e], n; left > 0; left -= n, slot += n, kept += n * 2 * F, add = ADD) {
             n = left < piece ? left : piece;
             look_up(n, top_k, slot, weight, row, w);
@@ -149,7 +150,9 @@ void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F
                            (float *)(row + piece));
             for (int64_t i = 0; i < n; i++) grad_weight[slot[i]] = grad_w[i];
         }
-        gate_up += 2 * F * D, down += D * F, grad_gate_up += 2 * F * D, grad_down += D * F;
+        gate_up += 2 * F * D, down += D * F;
+        if (grad_gate_up) grad_gate_up += 2 * F * D;
+        if (grad_down) grad_down += D * F;
     }
 }
 
@@ -164,23 +167,26 @@ void shared_forward(int64_t rows, int64_t D, int64_t F, int64_t piece, const flo
     }
 }
 
-// As shared_forward, with grad (R, D) in; grad_x (R, D), grad_gate_up (2F, D), grad_down: out.
+// As shared_forward, with grad (R, D) in; grad_x (R, D), grad_gate_up (2F, D), grad_down: out, unless NULL. Without
+// rows the weights' are zeros.
 // scratch: piece (4 F + PAD) floats.
 void shared_backward(int64_t rows, int64_t D, int64_t F, int64_t piece, const float *x, const float *gate,
                      const float *up, const float *down, const float *kept, const float *grad, float *grad_x,
                      float *grad_gate_up, float *grad_down, float *scratch) {
-    for (int64_t done = 0, n; done < rows; done += n) {
+    int64_t done = 0, n;
+    do {
         n = rows - done < piece ? rows - done : piece;
         backward_piece(n, (mlp_t){D, F, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F,
-                       (matrix_t){grad + done * D, D}, (result_t){grad_x + done * D, D}, NULL, grad_gate_up, grad_down,
-                       done > 0, scratch);
-    }
+                       (matrix_t){grad + done * D, D}, (result_t){grad_x ? grad_x + done * D : NULL, D}, NULL,
+                       grad_gate_up, grad_down, done > 0, scratch);
+        done += n;
+    } while (done < rows);
 }
 
-// Of y = x weight^T with x (R, D), weight (E, D): from grad (R, E) to grad_x, unless that is NULL, and grad_weight.
+// Of y = x weight^T with x (R, D), weight (E, D): from grad (R, E) to grad_x and grad_weight, unless NULL.
 void linear_backward(int64_t rows, int64_t E, int64_t D, const float *x, const float *weight, const float *grad,
                      float *grad_x, float *grad_weight) {
     if (grad_x) multiply(rows, D, E, (matrix_t){grad, E}, (matrix_t){weight, D}, (result_t){grad_x, D});
-    if (rows == 0) memset(grad_weight, 0, sizeof(float) * E * D);
-    multiply(E, D, rows, (matrix_t){grad, E, NULL, TRANSPOSED}, (matrix_t){x, D}, (result_t){grad_weight, D});
+    if (grad_weight)
+        multiply(E, D, rows, (matrix_t){grad, E, NULL, TRANSPOSED}, (matrix_t){x, D}, (result_t){grad_weight, D});
 }

@@ -1,4 +1,4 @@
-// What the compiled passes share: the BLAS that they are handed (torch's own), threads, and a fast exponential.
+// What the compiled passes share: threads, a fast exponential, and how attention calls the BLAS that it is handed.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +15,7 @@ typedef void (*blas_t)(const char *, const char *, const int *, const int *, con
                        const int *, const float *, const int *, const float *, float *, const int *);
 
 // Row-major c[m, n] = beta c + op(a) op(b), by the column-major BLAS on the transposes.
-static void product(blas_t blas, int transpose_a, int transpose_b, int m, int n, int k, const float *a, int lda,
+static inline void product(blas_t blas, int transpose_a, int transpose_b, int m, int n, int k, const float *a, int lda,
                     const float *b, int ldb, float beta, float *c, int ldc) {
     const float one = 1.0f;
     blas(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &ldc);

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from alfb_dist import arena
 from alfb_dist.compiler import load
@@ -52,17 +53,27 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+SILU = ("SiLU", "SiLUActivation")
+"""Names of the classes of the activation that the kernels know."""
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether there are kernels, and these are float32 in this machine's memory: of no class that keeps them elsewhere
+    or only traces them."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 for t in tensors)
+    return plain and library() is not None
+
+
+def traced() -> bool:
+    """Whether torch records or transforms what runs, which it cannot do with a kernel, or casts on the way."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return transformed or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+
+
 def supported(x_RD: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Any) -> bool:
     """Whether `NativeMLP` can take these: float32 on a CPU, SiLU, fewer than 2^31 slots, kernels at hand."""
     return (
-        x_RD.dtype == weights_RK.dtype == gate_up_e2FD.dtype == down_eDF.dtype == torch.float32
-        and x_RD.is_cpu
-        and weights_RK.is_cpu
-        and gate_up_e2FD.is_cpu
-        and down_eDF.is_cpu
-        and type(act).__name__ in ("SiLU", "SiLUActivation")
-        and weights_RK.numel() < 2**31
-        and library() is not None
+        readable(x_RD, weights_RK, gate_up_e2FD, down_eDF) and type(act).__name__ in SILU and weights_RK.numel() < 2**31
     )
 
 
@@ -99,13 +110,14 @@ class NativeMLP(torch.autograd.Function):
         return out_RD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         tensors = ctx.saved_tensors
         _, _, weights_RK, x_RD, gate_up_e2FD, down_eDF, _ = tensors
         *_, width_D, width_F, piece = ctx.shape
-        grad_x_RD, grad_weights_RK = arena.empty(x_RD.shape, x_RD), torch.empty_like(weights_RK)
-        grad_gate_up_e2FD = arena.empty(gate_up_e2FD.shape, gate_up_e2FD)
-        grad_down_eDF = arena.empty(down_eDF.shape, down_eDF)
+        needs = zip((x_RD, gate_up_e2FD, down_eDF), (ctx.needs_input_grad[i] for i in (0, 2, 3)))
+        grad_x_RD, grad_gate_up_e2FD, grad_down_eDF = (arena.empty(t.shape, t) if need else None for t, need in needs)
+        grad_weights_RK = torch.empty_like(weights_RK)
         scratch = arena.empty((piece * (width_D + 4 * width_F + 2 * PAD + 3),), x_RD)
         made = (grad_x_RD, grad_weights_RK, grad_gate_up_e2FD, grad_down_eDF, scratch)
         call("backward", *ctx.shape, *tensors, grads[0].contiguous(), *made)

@@ -126,17 +126,17 @@ static void pack(matrix_t b, int64_t k, int64_t depth, int64_t j, int64_t column
             to[place(i, depth) + q * WIDTH] = i < columns ? b.data[at(b.index, k + q) * row + (j + i) * column] : 0;
 }
 
-// c[:, j .. j + COLUMNS] from depth of k.
-static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j) {
+// c[start .. stop, j .. j + COLUMNS] from depth of k.
+static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j, int64_t start, int64_t stop) {
     float b[DEPTH * COLUMNS] __attribute__((aligned(4 * LANES))), part[ROWS * WIDTH];
     int64_t a_row = p->a.transposed ? 1 : p->a.width, a_column = p->a.transposed ? p->a.width : 1, rows;
     int64_t columns = p->n - j < COLUMNS ? p->n - j : COLUMNS;
     int add = p->c.add || k > 0;
     pack(p->b, k, depth, j, columns, b);
-    for (int64_t i = 0; i < p->m; i += rows) {
+    for (int64_t i = start; i < stop; i += rows) {
         const float *a[ROWS];
         float *c[ROWS], *to[ROWS];
-        int64_t left = p->m - i, tiles = (left + ROWS - 1) / ROWS;
+        int64_t left = stop - i, tiles = (left + ROWS - 1) / ROWS;
         rows = (left + tiles - 1) / tiles;
         for (int64_t r = 0; r < rows; r++) {
             a[r] = p->a.data + at(p->a.index, i + r) * a_row + k * a_column;
@@ -154,13 +154,22 @@ static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j) {
     }
 }
 
+// Into how many parts of its rows each panel is cut, so that there is work for all threads. A row that an index names
+// twice must stay with one of them.
+static int64_t cuts(int64_t m, int64_t panels, const int32_t *index) {
+    int64_t wanted = (max_threads() + panels - 1) / panels, most = m / (8 * ROWS);
+    return index || most < 1 ? 1 : wanted < most ? wanted : most;
+}
+
 // c[m, n] = a[m, k] b[k, n], by parts of k of nearly the same depth
 static void multiply(int64_t m, int64_t n, int64_t k, matrix_t a, matrix_t b, result_t c) {
     product_t p = {m, n, k, a, b, c};
-    int64_t most = a.transposed ? DEPTH_DOWN : DEPTH, parts = (k + most - 1) / most;
+    int64_t most = a.transposed ? DEPTH_DOWN : DEPTH, parts = k > most ? (k + most - 1) / most : 1;
+    int64_t panels = (n + COLUMNS - 1) / COLUMNS, cut = panels ? cuts(m, panels, c.index) : 1;
     for (int64_t part = 0; part < parts; part++) {
         int64_t done = k * part / parts, depth = k * (part + 1) / parts - done;
-#pragma omp parallel for if (n > COLUMNS && m * n * depth >= 1 << 20)
-        for (int64_t j = 0; j < n; j += COLUMNS) panel(&p, done, depth, j);
+#pragma omp parallel for if (panels * cut > 1 && m * n * depth >= 1 << 20)
+        for (int64_t i = 0; i < panels * cut; i++)
+            panel(&p, done, depth, i / cut * COLUMNS, m * (i % cut) / cut, m * (i % cut + 1) / cut);
     }
 }
