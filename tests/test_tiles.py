@@ -105,3 +105,22 @@ def test_a_row_depends_on_nothing_but_itself(multiply: Multiply, b_t: int) -> No
     assert torch.equal(product(a[order].contiguous()), whole[order])
     for count in range(1, 14):
         assert torch.equal(product(a[:count].contiguous()), whole[:count])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize(("m", "n", "k"), [(700, 40, 100), (50, 200, 300), (333, 130, 90)])
+def test_threads_share_panels_and_their_rows_and_change_no_bit(
+    multiply: Multiply, m: int, n: int, k: int, threads: int
+) -> None:
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    a, b = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+    results = []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            results.append(torch.ones(m, n))
+            multiply(m, n, k, a, k, None, 0, b, n, None, 0, results[-1], n, None, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0].double(), a.double() @ b.double() + 1, rtol=1e-5, atol=1e-4)
