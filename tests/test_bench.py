@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from alfb_dist import arena
 from alfb_dist.bench import contestants, document, launching, memory, timing, worker
 from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
 from alfb_dist.bench.plot import bars
@@ -132,6 +133,18 @@ def test_kept_bytes_are_saved_tensors_and_attributes_once_each_without_parameter
     assert kept(lambda: layer(x) + layer(x.view(10, 8)[:])) == 10 * 8 * 4
     assert kept(lambda: layer(x).exp()) == 10 * 8 * 4 + 10 * 4 * 4
     assert kept(lambda: _Keeps.apply(x)) == 50 * 4
+
+
+def test_the_peak_counts_what_lies_in_the_arena() -> None:
+    held = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, there before
+
+    def forward() -> Tensor:
+        arena.empty((4 << 20,), torch.empty(0))
+        return arena.empty((1 << 20,), torch.empty(0))
+
+    for _ in range(2):  # with blocks that are made, and with those that were kept
+        assert memory.peak_bytes(Run(forward, lambda out: None)) == pytest.approx(16 << 20, rel=0.01)
+    assert held.numel()
 
 
 def test_the_peak_is_what_was_there_at_once() -> None:

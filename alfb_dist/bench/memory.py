@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from alfb_dist import arena
 from alfb_dist.bench.contestants import Run
 
 
@@ -61,12 +62,17 @@ def kept_bytes(run: Run, not_counted: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(run: Run) -> int:
-    """The most bytes that a forward and its backward had allocated at a time, beyond what was there before."""
+    """The most bytes that a forward and its backward had allocated at a time, beyond what was there before.
+
+    Torch's and the arena's are counted apart and added, which is too much if they are not most at the same time.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
+        arena.grown()
         with profile(activities=activities, profile_memory=True) as recorded:
             run.backward(run.forward())
+        in_arena = arena.grown()
         recorded.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
@@ -74,4 +80,4 @@ def peak_bytes(run: Run) -> int:
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    return peak
+    return peak + in_arena
