@@ -33,7 +33,7 @@ faults: $(READY)  ## the long fault campaigns, about two hours: signals and cras
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.restarts --times $(TIMES)
 
 tutorial-test: $(READY)  ## each launcher and docs/tutorial.md on two hosts out of network namespaces (root; about 4 minutes)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "" tests/test_hosts_launch.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "" tests/distributed/test_hosts_launch.py
 
 hosts-test: tutorial-test  ## also openmpi, a bad network and a host cut off (about 8 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.hosts.campaign

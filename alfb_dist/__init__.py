@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "update_bias": "balance",
-    "BalanceCallback": "callback",
-    "Balancer": "balancer",
-    "max_violation": "metrics",
-    "parallelize": "sharding",
-    "initialize": "engine",
+    "update_bias": "balance.update_rule",
+    "BalanceCallback": "training.trainer_callback",
+    "Balancer": "engine.balancer",
+    "max_violation": "balance.metrics",
+    "parallelize": "moe.parallelize",
+    "init_distributed": "distributed.topology",
+    "initialize": "engine.initialize",
     "from_pretrained": "pretrained",
     "save_pretrained": "pretrained",
 }
@@ -28,6 +29,7 @@ __all__ = [
     "BalanceCallback",
     "Balancer",
     "from_pretrained",
+    "init_distributed",
     "initialize",
     "max_violation",
     "parallelize",
@@ -36,13 +38,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from alfb_dist.balance import update_bias
-    from alfb_dist.balancer import Balancer
-    from alfb_dist.callback import BalanceCallback
-    from alfb_dist.engine import initialize
-    from alfb_dist.metrics import max_violation
+    from alfb_dist.balance.metrics import max_violation
+    from alfb_dist.balance.update_rule import update_bias
+    from alfb_dist.distributed.topology import init_distributed
+    from alfb_dist.engine.balancer import Balancer
+    from alfb_dist.engine.initialize import initialize
+    from alfb_dist.moe.parallelize import parallelize
     from alfb_dist.pretrained import from_pretrained, save_pretrained
-    from alfb_dist.sharding import parallelize
+    from alfb_dist.training.trainer_callback import BalanceCallback
 
 
 def __getattr__(name: str) -> Any:

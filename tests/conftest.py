@@ -11,14 +11,20 @@ import pytest
 import torch
 from hosts.cluster import Hosts
 from hosts.namespaces import what_is_missing
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton, where it is installed, then runs on a CPU
-torch.set_num_threads(1)  # two cores are few: threads of a small product wait for each other more than they work
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """One thread at the start of each test: few cores are shared by ranks, and the number decides a sum's rounding."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

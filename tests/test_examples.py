@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import biases, expected_load, gates, random_biases, set_biases, tiny_batch, tiny_model
+from support.tiny import biases, expected_load, gates, random_biases, set_biases, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from alfb_dist.balancer import Balancer
 from alfb_dist.cli import main
 from alfb_dist.config import load_config
-from alfb_dist.engine import quiet, start_without_compiler
-from alfb_dist.run import start
-from alfb_dist.train import train
+from alfb_dist.engine.balancer import Balancer
+from alfb_dist.engine.initialize import quiet, start_without_compiler
+from alfb_dist.training.loop import train
+from alfb_dist.training.run import start
 
 PAGE = (Path(__file__).parent.parent / "docs" / "examples.md").read_text()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from containers import Container, container, first_process, go, join_network, wait_for
+from support.containers import Container, container, first_process, go, join_network, wait_for
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

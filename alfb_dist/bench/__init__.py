@@ -18,7 +18,7 @@ def moe_layer(
     and shared_up (F, D), shared_down (D, F). forward: (1, T, D) to the same shape; collective.
     """
     from alfb_dist.bench.block import transformers_block
-    from alfb_dist.sharding import parallelize
+    from alfb_dist.moe.parallelize import parallelize
 
     block = parallelize(transformers_block(case, weights), ep_degree=world.size)
     return block, list(block.parameters())
@@ -26,7 +26,7 @@ def moe_layer(
 
 def train_step(model: nn.Module, ids: Tensor, lr: float, world: Any) -> Callable[[], Tensor]:
     """A function that takes one optimizer step on `ids` (B, S) through the engine and returns the loss; collective."""
-    from alfb_dist.engine import initialize, quiet
+    from alfb_dist.engine.initialize import initialize, quiet
 
     quiet()
     ds_config = {

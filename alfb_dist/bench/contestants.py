@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alfb_dist.bench import moe_layer
 from alfb_dist.bench.block import transformers_block
 from alfb_dist.bench.sizes import Case
-from alfb_dist.collectives import group_rank, size, world_group
+from alfb_dist.distributed.collectives import group_rank, size, world_group
 
 OURS = "alfb_dist"
 THEIRS = {"transformers eager": "eager", "transformers grouped_mm": "grouped_mm"}

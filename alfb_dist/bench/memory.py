@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from alfb_dist import arena
 from alfb_dist.bench.contestants import Run
+from alfb_dist.cpu import allocator as arena
 
 
 def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:

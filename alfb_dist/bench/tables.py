@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alfb_dist.bench.sizes import FLOOR, Case
-from alfb_dist.run_folder import versions
+from alfb_dist.config.provenance import versions
 
 Figures = dict[str, Any]
 

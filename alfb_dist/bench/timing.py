@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from alfb_dist.bench.contestants import Run
-from alfb_dist.collectives import Group, all_max, barrier
+from alfb_dist.distributed.collectives import Group, all_max, barrier
 
 MIN_ROUNDS = 5
 

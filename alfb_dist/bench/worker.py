@@ -16,8 +16,8 @@ from alfb_dist.bench import memory
 from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
 from alfb_dist.bench.sizes import FLOOR, Case
 from alfb_dist.bench.timing import in_turn, summary, time_once
-from alfb_dist.collectives import all_max, group_rank, world_group
-from alfb_dist.topology import init_distributed, leave
+from alfb_dist.distributed.collectives import all_max, group_rank, world_group
+from alfb_dist.distributed.topology import init_distributed, leave
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 """Largest difference of output and of the tokens' gradient from transformers' eager block, as a share of the norm."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alfb_dist.balancer import Balancer
 from alfb_dist.checkpoint import optimizer, tensors
 from alfb_dist.checkpoint.manifest import Manifest
+from alfb_dist.engine.balancer import Balancer
 
 
 def saved_kinds(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:

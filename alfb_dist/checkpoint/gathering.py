@@ -12,7 +12,7 @@ from torch import Tensor
 from alfb_dist.checkpoint.optimizer import Held, elementwise
 from alfb_dist.checkpoint.safetensors_file import DTYPES, Entry
 from alfb_dist.checkpoint.tensors import GlobalTensor
-from alfb_dist.collectives import (
+from alfb_dist.distributed.collectives import (
     Group,
     all_to_all_rows,
     broadcast_object,

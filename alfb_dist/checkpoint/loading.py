@@ -14,8 +14,6 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from alfb_dist.agreement import agreed, first_ranks
-from alfb_dist.balancer import Balancer
 from alfb_dist.checkpoint import manifest as manifests
 from alfb_dist.checkpoint import optimizer, rng, tensors
 from alfb_dist.checkpoint.comparison import compare, saved_kinds
@@ -24,7 +22,9 @@ from alfb_dist.checkpoint.safetensors_file import tensor_bytes, torch_dtype
 from alfb_dist.checkpoint.saving import COUNTERS, between_steps
 from alfb_dist.checkpoint.share import STATE, rng_file
 from alfb_dist.checkpoint.verification import content_problems, size_problems
-from alfb_dist.collectives import Group, broadcast_object, group_rank, size, world_group
+from alfb_dist.distributed.agreement import agreed, first_ranks
+from alfb_dist.distributed.collectives import Group, broadcast_object, group_rank, size, world_group
+from alfb_dist.engine.balancer import Balancer
 
 log = logging.getLogger(__name__)
 

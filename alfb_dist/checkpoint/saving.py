@@ -13,15 +13,15 @@ import torch
 import xxhash
 
 import alfb_dist
-from alfb_dist.agreement import agreed
-from alfb_dist.balancer import Balancer
 from alfb_dist.checkpoint import files, manifest, optimizer, tensors
 from alfb_dist.checkpoint.folder import SaveError, prune, publish, start
 from alfb_dist.checkpoint.folder_names import aside, step_folder
 from alfb_dist.checkpoint.gathering import Gatherer, batches, items
 from alfb_dist.checkpoint.safetensors_file import dtype_name
 from alfb_dist.checkpoint.share import Share
-from alfb_dist.collectives import Group, all_equal, barrier, gather_objects, group_rank, size, world_group
+from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.collectives import Group, all_equal, barrier, gather_objects, group_rank, size, world_group
+from alfb_dist.engine.balancer import Balancer
 
 log = logging.getLogger(__name__)
 

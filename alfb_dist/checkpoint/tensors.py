@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from alfb_dist.balancer import Balancer
-from alfb_dist.moe import sharded_experts
+from alfb_dist.engine.balancer import Balancer
+from alfb_dist.moe.sharded_experts import sharded_experts
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alfb_dist.cli import bench, checkpoint, data, doctor, launch, report, train
-from alfb_dist.cli.launcher import launched_world
+from alfb_dist.cli.parser import launched_world
 from alfb_dist.config import ConfigError
-from alfb_dist.stop import BAD_CONFIG, FAILED
+from alfb_dist.distributed.launch.signals import BAD_CONFIG, FAILED
 
 COMMANDS = (train, launch, report, data, checkpoint, doctor, bench)
 
@@ -55,7 +55,7 @@ def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
     if "torch.distributed" not in sys.modules:
         sys.exit(code)
 
-    from alfb_dist.topology import leave
+    from alfb_dist.distributed.topology import leave
 
     leave(code)
 
@@ -65,8 +65,8 @@ def _end_if_left_alone(error: RuntimeError) -> None:
 
     At once: while Python winds itself down, process groups whose exchange failed hang or abort the process.
     """
-    if "alfb_dist.peers" in sys.modules:
-        from alfb_dist.peers import PeerError
+    if "alfb_dist.distributed.liveness" in sys.modules:
+        from alfb_dist.distributed.liveness import PeerError
 
         if isinstance(error, PeerError):
             sys.stdout.flush()

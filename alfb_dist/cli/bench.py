@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alfb_dist.bench.sizes import AXES, DTYPES, ROUTINGS, Case, scaled
-from alfb_dist.cli.launcher import Subcommands
+from alfb_dist.cli.parser import Subcommands
 from alfb_dist.config import load_config
-from alfb_dist.stop import DONE
+from alfb_dist.distributed.launch.signals import DONE
 
 SIZES = ("tokens", "hidden", "inter", "experts", "topk", "ranks")
 _HELP = {"tokens": "tokens of each rank", "inter": "width of an expert", "topk": "experts of a token"}
@@ -35,8 +35,8 @@ def _sizes_of(path: Path) -> dict[str, Any]:
     """The sizes of a configuration's first MoE block and of its micro-batch."""
     config = load_config(path, [])
 
-    from alfb_dist.families import moe_blocks
-    from alfb_dist.model import meta_model
+    from alfb_dist.moe.families.blocks import moe_blocks
+    from alfb_dist.training.model import meta_model
 
     model: Any = meta_model(config)
     block = next(iter(moe_blocks(model)), None)
@@ -86,7 +86,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from alfb_dist.bench.launching import measure
+    from alfb_dist.bench.spawn import measure
     from alfb_dist.bench.tables import machine
 
     console = Console(highlight=False)

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alfb_dist.cli.launcher import Subcommands
-from alfb_dist.stop import DONE
+from alfb_dist.cli.parser import Subcommands
+from alfb_dist.distributed.launch.signals import DONE
 
 if TYPE_CHECKING:
     from alfb_dist.config.tables import ModelConfig
@@ -107,8 +107,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _to_hf(arguments: argparse.Namespace) -> int:
     import torch
 
-    from alfb_dist.model import transformers_config
     from alfb_dist.pretrained import to_hf
+    from alfb_dist.training.model import transformers_config
 
     model = _model_of_run(arguments.path, arguments.config)
     to_hf(
@@ -211,8 +211,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _transformers_config(path: Path, file: Path | None) -> Any:
-    from alfb_dist.model import transformers_config
     from alfb_dist.pretrained import read_config
+    from alfb_dist.training.model import transformers_config
 
     return transformers_config(_model_of_run(path, file)) if _is_checkpoint(path) else read_config(path)[0]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from alfb_dist.cli.launcher import Subcommands
-from alfb_dist.stop import DONE
+from alfb_dist.cli.parser import Subcommands
+from alfb_dist.distributed.launch.signals import DONE
 
 
 def add(commands: Subcommands) -> None:

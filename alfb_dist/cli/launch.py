@@ -6,14 +6,14 @@ import argparse
 import os
 import shlex
 
-from alfb_dist.cli.launcher import Subcommands
+from alfb_dist.cli.parser import Subcommands
 from alfb_dist.cli.train import add_settings, read_config, settings_of
-from alfb_dist.launching.commands import command
-from alfb_dist.launching.environment import environment_with_exports
-from alfb_dist.launching.hostfile import ssh_command
-from alfb_dist.launching.planning import add_options, plan
-from alfb_dist.placement import check_placement
-from alfb_dist.stop import DONE
+from alfb_dist.distributed.launch.commands import command
+from alfb_dist.distributed.launch.environment import environment_with_exports
+from alfb_dist.distributed.launch.hostfile import ssh_command
+from alfb_dist.distributed.launch.plan import add_options, plan
+from alfb_dist.distributed.launch.signals import DONE
+from alfb_dist.distributed.placement import check_placement
 
 
 def add(commands: Subcommands) -> None:
@@ -36,9 +36,9 @@ def _launch(arguments: argparse.Namespace) -> int:
         print(shlex.join(command(launch, settings)))
         return DONE
 
-    from alfb_dist.launching.supervisor import say, supervise
-    from alfb_dist.lifeline import Lines
-    from alfb_dist.preflight import check_hosts
+    from alfb_dist.distributed.launch.control_channel import Lines
+    from alfb_dist.distributed.launch.preflight import check_hosts
+    from alfb_dist.distributed.launch.supervisor import say, supervise
 
     if launch.hosts:
         port = 0 if launch.launcher in ("mpirun", "openmpi") else launch.master_port  # mpi4py chooses one

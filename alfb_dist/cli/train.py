@@ -10,11 +10,11 @@ from typing import Any
 
 import psutil
 
-from alfb_dist.cli.launcher import Subcommands, launched_world
+from alfb_dist.cli.parser import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
-from alfb_dist.launcher import launchers, watch
-from alfb_dist.lifeline import Lifeline
-from alfb_dist.stop import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
+from alfb_dist.distributed.launch.control_channel import Lifeline
+from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
+from alfb_dist.distributed.rendezvous import launchers, watch
 
 
 def add(commands: Subcommands) -> None:
@@ -103,7 +103,7 @@ def _run(config: Config, lifeline: Lifeline, *, profile: bool) -> int:
     lifeline.on_stop(stop.request)
     watch(launchers(), stop.request)
 
-    from alfb_dist.train import train
+    from alfb_dist.training.loop import train
 
     def started(run: Any) -> None:
         lifeline.tell(folder=str(run.folder))
@@ -133,7 +133,7 @@ def _dry_run(config: Config, ranks: int | None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from alfb_dist.estimate import estimate, table_rows
+    from alfb_dist.training.estimate import estimate, table_rows
 
     table = Table("what", "how much", title=f"{config.run.name}: nothing was started")
     for row in table_rows(estimate(config, world_size), world_size, config):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.collectives import (
+from alfb_dist.distributed.collectives import (
     Group,
     all_to_all_rows,
     broadcast_object,
@@ -18,7 +18,7 @@ from alfb_dist.collectives import (
     group_rank,
     size,
 )
-from alfb_dist.moe import sharded_experts
+from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.outputs import Piece
 
 BATCH_BYTES, LEAST_BYTES = 4 << 20, 1 << 20

@@ -17,7 +17,7 @@ from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name
 from alfb_dist.checkpoint.saving import COUNTERS, versions
 from alfb_dist.checkpoint.share import Share
 from alfb_dist.config.tables import ModelConfig
-from alfb_dist.families import moe_blocks, num_choices
+from alfb_dist.moe.families.blocks import moe_blocks, num_choices
 from alfb_dist.pretrained.fp8 import QUANTIZED
 from alfb_dist.pretrained.loading import homeless_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of

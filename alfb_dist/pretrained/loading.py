@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.agreement import agreed
-from alfb_dist.collectives import Group, group_rank, world_group
-from alfb_dist.families import moe_blocks
-from alfb_dist.moe import sharded_experts
+from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.collectives import Group, group_rank, world_group
+from alfb_dist.moe.families.blocks import moe_blocks
+from alfb_dist.moe.parallelize import check_parallelizable, parallelize
+from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.folder import (
     SIDECAR,
     choose_dtype,
@@ -25,7 +26,6 @@ from alfb_dist.pretrained.folder import (
 from alfb_dist.pretrained.names import float32_names, is_bias
 from alfb_dist.pretrained.source import open_folder
 from alfb_dist.pretrained.weights import FolderWeights, ModelWeights
-from alfb_dist.sharding import check_parallelizable, parallelize
 
 
 def from_pretrained(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.families import ADDED_BIAS
+from alfb_dist.moe.families.blocks import ADDED_BIAS
+from alfb_dist.moe.parallelize import parallelize
 from alfb_dist.pretrained.folder import SIDECAR, foreign_type, meta_model, read_sidecar, read_values
 from alfb_dist.pretrained.loading import homeless_biases, open_model, put_biases, read_common, read_experts
 from alfb_dist.pretrained.names import is_bias
 from alfb_dist.pretrained.source import open_folder
 from alfb_dist.pretrained.weights import ModelWeights
-from alfb_dist.sharding import parallelize
 
 SEQUENCE = 128
 """Positions that are computed at a time, if the model has room for so many."""

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import conversion_mapping as tables
 from transformers import core_model_loading as conversions
 
-from alfb_dist.families import BIAS_NAMES, moe_blocks, num_choices
+from alfb_dist.moe.families.blocks import BIAS_NAMES, moe_blocks, num_choices
 
 Shape = tuple[int, ...]
 

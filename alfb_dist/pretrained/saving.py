@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.agreement import agreed
 from alfb_dist.checkpoint import files, optimizer
-from alfb_dist.collectives import Group, barrier, group_rank, size, world_group
-from alfb_dist.moe import sharded_experts
+from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.collectives import Group, barrier, group_rank, size, world_group
+from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.folder import SIDECAR, write_sidecar, write_small_files
 from alfb_dist.pretrained.gathering import Gatherer, Part, batches
 from alfb_dist.pretrained.names import is_bias

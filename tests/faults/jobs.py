@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import psutil
 
-from alfb_dist.launcher import free_port
+from alfb_dist.distributed.rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from alfb_dist import train as loop
 from alfb_dist.cli import run_and_leave
+from alfb_dist.training import loop as loop
 
 _EXCHANGES = (
     "all_reduce",

@@ -1,0 +1,1 @@
+"""What the papers define, as pure functions of tensors: routing, update rules, auxiliary losses, metrics."""

@@ -1,0 +1,72 @@
+"""The C compiler, and whether the compiled kernels load and agree with plain torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from alfb_dist.cli.doctor.case import Case
+from alfb_dist.cli.doctor.device import uses_cuda
+from alfb_dist.cli.doctor.result import Result, not_applicable, ok, problem, warning
+
+TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
+
+
+def judge_kernels(*, cuda: bool, off: bool, compiler: str | None, loaded: bool, difference: float | None) -> Result:
+    """difference: of the kernels' results from plain torch's, as a part of the largest value; None if not loaded."""
+    check = "compiled kernels"
+    if cuda:
+        return not_applicable(check, "for experts on CPU only")
+    if off:
+        return warning(check, "switched off by ALFB_NATIVE=0; plain torch gives the same, slower", "unset ALFB_NATIVE")
+    if compiler is None:
+        return warning(
+            check, "no C compiler; plain torch gives the same, slower", "apt-get install gcc libc6-dev, or leave it so"
+        )
+    if not loaded:
+        mend = "see why with logging at INFO; make ~/.cache writable, install libc6-dev, or set ALFB_NATIVE=0"
+        return warning(check, f"{compiler} does not make them; plain torch gives the same, slower", mend)
+    if difference is None or not difference <= TOLERANCE:
+        found = f"{compiler} makes kernels that are off by {difference} of the largest value"
+        return problem(check, found, "set ALFB_NATIVE=0, and report the compiler's version")
+    return ok(check, f"{compiler}; equal plain torch's results to {difference:.0e}")
+
+
+def kernel_difference() -> float:
+    """How far the kernels' output and gradients are from plain torch's, as a part of the largest value."""
+    import torch
+    from torch import Tensor
+
+    from alfb_dist.cpu.experts import NativeMLP
+    from alfb_dist.moe.experts.plain import plain_mlp
+
+    generator = torch.Generator().manual_seed(0)
+    x_RD, weights_RK = torch.randn(64, 32, generator=generator), torch.rand(64, 2, generator=generator)
+    gate_up_e2FD, down_eDF = (torch.randn(4, *shape, generator=generator) for shape in ((96, 32), (32, 48)))
+    ids_RK = torch.randint(0, 5, (64, 2), generator=generator)  # 4 experts; 4 marks an empty slot
+
+    def results(native: bool) -> list[Tensor]:
+        inputs = [t.clone().requires_grad_() for t in (x_RD, weights_RK, gate_up_e2FD, down_eDF)]
+        x, weights, gate_up, down = inputs
+        if native:
+            out = NativeMLP.apply(x, weights, gate_up, down, ids_RK)
+        else:
+            out = plain_mlp(x, ids_RK, weights, gate_up, down, torch.nn.SiLU())
+        out.square().sum().backward()
+        return [out.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+    pairs = list(zip(results(True), results(False), strict=True))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def check_kernels(case: Case) -> Iterator[Result]:
+    """The compiled kernels of this machine."""
+    from alfb_dist.cpu.build import find_compiler
+    from alfb_dist.cpu.experts import library
+
+    cuda = uses_cuda()
+    off, compiler = os.environ.get("ALFB_NATIVE") == "0", find_compiler()
+    loaded = not (cuda or off or compiler is None) and library() is not None
+    yield judge_kernels(
+        cuda=cuda, off=off, compiler=compiler, loaded=loaded, difference=kernel_difference() if loaded else None
+    )

@@ -1,0 +1,83 @@
+"""The launchers: deepspeed, torchrun, and mpirun with mpi4py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from alfb_dist.cli.doctor.case import Case
+from alfb_dist.cli.doctor.result import Result, not_applicable, ok, problem, warning
+
+MPI_SECONDS = 60
+_MPI_PROGRAM = "from mpi4py import MPI; print('of', MPI.COMM_WORLD.size, flush=True)"
+# As root, and on fewer cores than ranks.
+_MPI_LEAVE = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+
+
+def judge_launcher(name: str, path: str | None, folder: Path) -> Result:
+    """path: where the shell finds the launcher. folder: where the running Python is."""
+    if path is None:
+        return problem(f"launcher {name}", "not on PATH", f'export PATH="{folder}:$PATH", or activate the environment')
+    if Path(path).parent != folder:
+        found = f"{path} belongs to another Python than {folder}"
+        return warning(f"launcher {name}", found, f'export PATH="{folder}:$PATH", or activate the environment')
+    return ok(f"launcher {name}", path)
+
+
+def judge_mpi(path: str | None, has_mpi4py: bool, output: str | None) -> Result:
+    """output: what two processes under mpirun printed of the size of their world; None if they did not end."""
+    check, install = "launcher mpirun", "pip install 'alfb_dist[mpi]'"
+    if path is None and not has_mpi4py:
+        return not_applicable(check, f"neither mpirun nor mpi4py is installed; {install} brings both")
+    if path is None:
+        return warning(check, "mpi4py is installed, but mpirun is not on PATH", install)
+    if not has_mpi4py:
+        return warning(check, f"{path}, but mpi4py is not installed", install)
+    if output is None:
+        return warning(check, f"{path} did not end within {MPI_SECONDS} s", "use another launcher, or mend MPI")
+    sizes = [line for line in output.splitlines() if line.startswith("of ")]
+    if sizes == ["of 2", "of 2"]:
+        return ok(check, f"{path}; two processes met through mpi4py")
+    if sizes == ["of 1", "of 1"]:
+        return warning(check, f"{path} is of another MPI than mpi4py: each process is alone", install)
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "nothing was printed")
+    return warning(check, f"{path} fails: {last.strip()[:120]}", "use another launcher, or mend MPI")
+
+
+def _try_mpi(path: str) -> str | None:
+    command = [path, "-n", "2", sys.executable, "-c", _MPI_PROGRAM]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **_MPI_LEAVE},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=MPI_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    except OSError as error:
+        return str(error)
+    return done.stdout
+
+
+def check_launchers(case: Case) -> Iterator[Result]:
+    """What can start a run here."""
+    folder = Path(sys.executable).parent
+    yield judge_launcher("deepspeed", shutil.which("deepspeed"), folder)
+    yield judge_launcher("torchrun", shutil.which("torchrun"), folder)
+    path, has_mpi4py = shutil.which("mpirun"), importlib.util.find_spec("mpi4py") is not None
+    yield judge_mpi(path, has_mpi4py, _try_mpi(path) if path and has_mpi4py else None)

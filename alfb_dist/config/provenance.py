@@ -1,0 +1,62 @@
+"""What decides the outcome of a run besides its settings: versions, this package's sources and its commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_PACKAGES = ("alfb_dist", "torch", "deepspeed", "transformers", "numpy", "safetensors", "wandb")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this package's sources, -dirty if files differ from it; None if git does not track them."""
+    here = Path(__file__).parent
+    try:
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def facts() -> dict[str, str]:
+    """What decides what a rank computes, besides the configuration: versions, and the sources of this package."""
+    digest = xxhash.xxh3_128()
+    package = Path(__file__).parents[1]
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".c")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return {**versions(), "the files of alfb_dist": digest.hexdigest()[:12]}
+
+
+def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: str) -> list[str]:
+    """One line for each fact that is not the same everywhere, with who has which value, and what to do.
+
+    facts_by_place: (place, facts) for each rank or host, in order; a place may come several times.
+    """
+    found = []
+    for name in dict.fromkeys(name for _, known in facts_by_place for name in known):
+        holders: dict[str, list[str]] = {}
+        for place, known in facts_by_place:
+            holders.setdefault(repr(known[name]) if name in known else "missing", []).append(place)
+        if len(holders) > 1:
+            told = (f"{value} on {', '.join(dict.fromkeys(places))}" for value, places in holders.items())
+            found.append(f"{name} is {', but '.join(told)}; {mend}")
+    return found

@@ -1,0 +1,1 @@
+"""Processes: how ranks start, find each other, exchange tensors, agree, fail and stop."""

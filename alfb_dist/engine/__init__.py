@@ -1,0 +1,1 @@
+"""The DeepSpeed seam, and what happens around an optimizer step."""

@@ -1,0 +1,116 @@
+"""The DeepSpeed configuration: checked for what expert parallelism cannot go with, or derived from ours."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from alfb_dist.balance.update_rule import rate_schedule
+from alfb_dist.config import Config, read_section
+from alfb_dist.config.deepspeed_json import SECTION, read_deepspeed_json
+from alfb_dist.config.keys import DEEPSPEED_KEYS, DERIVED_KEYS
+from alfb_dist.config.text import nearest
+
+
+def read_ds_config(ds_config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(DeepSpeed's configuration, our section `alf_lb` of it), from a dict or a file; ValueError if it is no object."""
+    given = ds_config if isinstance(ds_config, dict) else read_deepspeed_json(Path(ds_config))
+    return {key: value for key, value in given.items() if key != SECTION}, read_section(given.get(SECTION, {}))
+
+
+def with_section(section: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the section's in the place of defaults; ValueError where one that was given is another."""
+    for key, value in section.items():
+        if key in given and given[key] != defaults[key] and given[key] != value:
+            raise ValueError(f"{key} ({given[key]!r}) and {SECTION}.{key} ({value!r}) contradict each other: give one")
+    joined = {**given, **{key: value for key, value in section.items() if key in given}}
+    course = {key: section[key] for key in ("warmup_steps", "zero_at_step") if key in section}
+    if course:
+        if callable(joined["rate"]):
+            raise ValueError(f"rate is a function: leave {', '.join(course)} out of {SECTION}")
+        joined["rate"] = rate_schedule(joined["rate"], **course)
+    if joined["mode"] == "auto":
+        joined["mode"] = "train"
+    return joined
+
+
+def check_ds_config(ds_config: dict[str, Any]) -> None:
+    """Nothing, or ValueError naming the key that expert parallelism cannot go with, or that nothing would read."""
+    known = (*DEEPSPEED_KEYS, *DERIVED_KEYS)
+    for key in ds_config.keys() - set(known):
+        if near := nearest(key, known):  # DeepSpeed says nothing about keys that it does not know
+            raise ValueError(f"{key} is no key of DeepSpeed: did you mean {near}?")
+    clipping = ds_config.get("gradient_clipping", 0.0)
+    if isinstance(clipping, int | float) and not clipping >= 0:
+        raise ValueError(f"gradient_clipping ({clipping}) must be at least 0; 0 is no limit")
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ValueError(
+            f"zero_optimization.stage must be 0, 1 or 2, got {stage}: stage 3 partitions parameters that expert "
+            "parallelism shards already; use stage 1 or 2 and a larger ep_degree"
+        )
+    if ds_config.get("expert_parallel", {}).get("enabled"):
+        raise ValueError("expert_parallel.enabled must be off: the experts are sharded by alfb_dist (ep_degree)")
+    if ds_config.get("fp16", {}).get("enabled"):
+        raise ValueError("fp16.enabled must be off: use bf16 or float32, whose skipped steps and norms are tested")
+    if ds_config.get("use_data_before_expert_parallelism"):
+        raise ValueError(
+            "use_data_before_expert_parallelism must be off: alfb_dist lays ranks out expert-parallel first"
+        )
+
+
+def with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which Adam on CPU is torch's fused one; by default DeepSpeed would compile its own at start."""
+    config = copy.deepcopy(ds_config)
+    optimizer = config.get("optimizer", {})
+    on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
+    if on_cpu and optimizer.get("type", "").lower() in ("adam", "adamw"):
+        parameters = optimizer.setdefault("params", {})
+        if parameters.setdefault("torch_adam", True):
+            parameters.setdefault("fused", not parameters.get("foreach"))
+    return config
+
+
+def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed dict of a run: what our tables decide, and the `deepspeed` table as it is."""
+    optimizer = config.optimizer
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation(world_size),
+        "gradient_clipping": optimizer.clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "optimizer": {
+            "type": "AdamW",
+            # weight_decay comes with the parameter groups. Torch's fused kernel needs no compiler, on CPU or CUDA.
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "torch_adam": True,
+                "fused": True,
+            },
+        },
+        **copy.deepcopy(config.deepspeed),
+    }
+
+
+def lr_factor(config: Config, step: int) -> float:
+    """The learning rate of a step (the first is 0) as a part of the peak: linear warm-up, then constant or cosine."""
+    warmup, optimizer = config.optimizer.warmup_steps, config.optimizer
+    if step < warmup:
+        return (step + 1) / warmup
+    if optimizer.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, config.train.steps - warmup))
+    return optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def lr_schedule(config: Config) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LambdaLR]:
+    """What makes torch's scheduler for an optimizer; DeepSpeed steps it after each applied step."""
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step))

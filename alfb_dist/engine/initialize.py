@@ -1,0 +1,152 @@
+"""The DeepSpeed seam: an engine that treats sharded experts rightly, made in one call.
+
+ZeRO, gradient reduction and the optimizer are DeepSpeed's; what is mended in them is in mend.py. On CPU no operator is
+compiled at start.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+from alfb_dist.balance.update_rule import Schedule, check_rule
+from alfb_dist.cpu.attention import choose_attention
+from alfb_dist.distributed.collectives import known_groups, set_timeouts
+from alfb_dist.engine.balancer import Balancer, check_mode
+from alfb_dist.engine.ds_config import check_ds_config, read_ds_config, with_defaults, with_section
+from alfb_dist.moe.gate import BalancedGate
+from alfb_dist.moe.parallelize import parallelize
+from alfb_dist.moe.sharded_experts import sharded_experts
+
+
+def start_without_compiler() -> None:
+    """DeepSpeed's CPU backend will not compile its shared-memory operator, which takes a minute and a compiler."""
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> None:
+    """Nothing, or ValueError if parameters are to be trained that the model no longer holds: its unsharded experts."""
+    held = {id(p) for p in model.parameters()}
+    given = list(model_parameters or []) + list(getattr(optimizer, "param_groups", []))
+    for group in given:
+        for p in group["params"] if isinstance(group, dict) else [group]:
+            if id(p) not in held:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is to be trained but not in the model: sharding replaces "
+                    "the experts' parameters; give model_parameters or optimizer as a function"
+                )
+
+
+def _check_parallelised(
+    model: nn.Module, ep_degree: int, max_rows: int, sequence_loss_alpha: float, batch_loss_alpha: float
+) -> None:
+    """Nothing, or ValueError if the model was parallelised otherwise than is asked for now."""
+    for name, experts in sharded_experts(model):
+        if experts.ep_size != ep_degree:
+            raise ValueError(
+                f"ep_degree ({ep_degree}) must be the one that the model was parallelised with ({experts.ep_size}): "
+                "give the same to both, or parallelise the model anew"
+            )
+        if max_rows not in (0, experts.max_rows):
+            raise ValueError(
+                f"max_rows ({max_rows}) must be the one that the model was parallelised with ({experts.max_rows}): "
+                "give it to from_pretrained or parallelize"
+            )
+        if experts.grid is None:
+            raise ValueError(
+                f"{name} was parallelised before torch.distributed was up: call "
+                "alfb_dist.init_distributed() first, then from_pretrained or parallelize"
+            )
+    alphas = sequence_loss_alpha, batch_loss_alpha
+    for gate in (m for m in model.modules() if isinstance(m, BalancedGate)):
+        had = gate.aux.sequence_alpha, gate.aux.batch_alpha
+        if any(alphas) and had != alphas:
+            raise ValueError(
+                f"sequence_loss_alpha and batch_loss_alpha {alphas} must be those that the model was parallelised "
+                f"with {had}: give them to from_pretrained or parallelize"
+            )
+
+
+def _make_ready(model: nn.Module, timeout_seconds: float, **shards: Any) -> None:
+    """The model is parallelised, if it was not already, and in training mode."""
+    if sharded_experts(model):
+        _check_parallelised(model, **shards)
+    else:
+        parallelize(model, timeout_seconds=timeout_seconds, **shards)
+    if not model.training:
+        model.train()
+
+
+def initialize(
+    model: nn.Module,
+    ds_config: dict[str, Any] | str | Path,
+    *,
+    ep_degree: int | None = None,
+    rule: str = "sign",
+    rate: float | Schedule = 1e-3,
+    centered: bool = False,
+    mode: str | Sequence[str] = "train",
+    sequence_loss_alpha: float = 0.0,
+    batch_loss_alpha: float = 0.0,
+    max_rows: int = 0,
+    timeout_seconds: float = 600,
+    model_parameters: Any = None,
+    **deepspeed_arguments: Any,
+) -> tuple[Any, Balancer]:
+    """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
+
+    The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
+    model: one that is parallelised already, as from `from_pretrained`, is taken as it is; ep_degree, and max_rows
+        and the alphas if given, must be the same. One in evaluation mode is put in training mode: there no gate counts.
+    ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2, or the path of one. Its section `alf_lb` may hold
+        ep_degree, rule, rate, centered, mode and the other keys of [parallel] and [balance] instead of arguments.
+        Steps whose gradients are not finite are skipped, with float32 too. On CPU, Adam and AdamW are torch's fused.
+    model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
+        the parallelised model, whose experts are new parameters. All that require gradients unless given.
+    deepspeed_arguments: more for `deepspeed.initialize`, such as optimizer or lr_scheduler.
+    timeout_seconds: how long an exchange waits for other ranks, in groups made here, DeepSpeed's own among them.
+    Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
+    """
+    ds_config, section = read_ds_config(ds_config)
+    check_ds_config(ds_config)
+    given = {
+        "ep_degree": ep_degree,
+        "rule": rule,
+        "rate": rate,
+        "centered": centered,
+        "mode": mode,
+        "sequence_loss_alpha": sequence_loss_alpha,
+        "batch_loss_alpha": batch_loss_alpha,
+        "max_rows": max_rows,
+    }
+    joined = with_section(section, given, initialize.__kwdefaults__ or {})
+    if joined["ep_degree"] is None:
+        raise ValueError("ep_degree is missing: give it as an argument, or in the section alf_lb of ds_config")
+    check_rule(joined["rule"], joined["rate"](0) if callable(joined["rate"]) else joined["rate"])
+    check_mode(joined["mode"])
+    shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha", "max_rows")}
+    _make_ready(model, timeout_seconds, **shards)
+    if callable(model_parameters):
+        model_parameters = model_parameters(model)
+    _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
+    start_without_compiler()
+    choose_attention(model)
+    before = known_groups()
+    engine = deepspeed.initialize(
+        model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
+    )[0]
+    set_timeouts(timeout_seconds, known_groups() - before)
+    return engine, Balancer(engine, **joined)
+
+
+def quiet(level: int = logging.WARNING) -> None:
+    """DeepSpeed logs only what matters, and its calls of what torch renames are not warned about once a process."""
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    deepspeed.utils.logging.logger.setLevel(level)

@@ -1,0 +1,183 @@
+"""Tokens to the ranks that own their experts, and back.
+
+A token crosses to a rank once, however many of its experts live there, with the ids and weights of those experts; the
+rank returns one row, the weighted sum of what its experts made of the token. So the bytes each way are the distinct
+(token, rank) pairs times the row's bytes, and the experts never know whether expert parallelism is on: they always get
+rows with K slots, of which some are empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alfb_dist.cpu import allocator as arena
+from alfb_dist.distributed.all_to_all import Exchange, Underway
+from alfb_dist.moe.permute import add_up, plan
+
+
+@dataclass
+class Route:
+    """The way of the rows of one dispatch, there and back."""
+
+    exchange: Exchange
+    num_tokens: int
+    token_N: Tensor  # int64: which token of this rank each sent row is
+    empty_NK: Tensor  # bool: which slots of a sent row are empty
+    send_counts: list[int]  # rows for each rank of the group, this one included
+    receive_counts: list[int]  # rows from each rank of the group, this one included; as they arrive
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group. Its own rows are counted as sent and received, but go nowhere."""
+        return self.exchange.rank
+
+
+@dataclass
+class Sent:
+    """Tokens on their way to their experts; or that stay, where there is no route."""
+
+    x_TD: Tensor
+    weights: Tensor  # (N, K) of the sent rows, or (T, K)
+    expert_ids: Tensor  # the same; int32 and local to the receiving rank, or as they are
+    route: Route | None = None
+    slot_counts: list[int] | None = None  # filled slots for each rank; once received, from each rank
+    ticket: Tensor | None = None  # of one number; leads the backward from what arrives to what was sent
+    underway: Underway | None = None  # in the forward the rows, in the backward their gradients
+    own_grads: tuple[Tensor, Tensor] | None = None  # in the backward: what this rank need not send to itself
+
+
+def _parts(counts: list[int]) -> list[slice]:
+    return [slice(stop - n, stop) for n, stop in zip(counts, accumulate(counts))]
+
+
+def send(
+    x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, exchange: Exchange | None
+) -> Sent:
+    """Every token is on its way to where its experts are; collective, differentiable. `receive` must follow.
+
+    What is computed in between costs no time while rows are underway, nor in the backward while their gradients are.
+    expert_ids_TK: int64 in [0, E]; E marks an empty slot. Expert i belongs to rank i // num_local_experts of the group.
+    Without an exchange (or with one rank) the tokens stay as they are and there is no route.
+    """
+    if exchange is None or exchange.num_ranks == 1:
+        return Sent(x_TD, weights_TK, expert_ids_TK)
+    rows = plan(expert_ids_TK, weights_TK.detach(), num_local_experts, exchange.num_ranks)
+    route = Route(exchange, x_TD.shape[0], rows.token_N, rows.empty_NK, rows.row_counts, [])
+    sent = Sent(x_TD.detach(), rows.weights_NK, rows.ids_NK, route, rows.slot_counts)
+    sent.ticket = _Send.apply(x_TD, weights_TK, sent)
+    return sent
+
+
+def receive(sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token is where its experts are: (rows_RD, expert_ids_RK, weights_RK); collective, differentiable.
+
+    The ids are local, in [0, num_local_experts); an empty slot holds num_local_experts and weight 0.
+    """
+    if sent.route is None:
+        return sent.x_TD, sent.expert_ids, sent.weights
+    ticket, sent.ticket = sent.ticket, None  # whose graph holds `sent`: kept, they would keep each other
+    rows_RD, weights_RK, ids_RK = _Receive.apply(ticket, sent)
+    return rows_RD, ids_RK, weights_RK
+
+
+def combine(rows_RD: Tensor, route: Route | None) -> Tensor:
+    """Each token's output, the sum of the rows that its ranks made of it: (T, D); collective, differentiable."""
+    return rows_RD if route is None else _Combine.apply(rows_RD, route)
+
+
+def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
+    """The rows of all ranks in rank order, of which this rank's are those of its tokens: (R, D)."""
+    rows_RD = arena.empty((sum(route.receive_counts), x_TD.shape[1]), x_TD)
+    for rank, (part, rows) in enumerate(zip(_parts(route.receive_counts), arrived)):
+        if rank == route.rank:
+            mine_N = route.token_N[_parts(route.send_counts)[rank]]
+            torch.index_select(x_TD, 0, mine_N, out=rows_RD[part])
+        else:
+            rows_RD[part].copy_(rows)
+    return rows_RD
+
+
+def _join(small_N: Tensor, counts: list[int], arrived: list[Tensor], route: Route) -> Tensor:
+    """What arrived from all ranks in rank order; from this one, its part of what it would have sent."""
+    mine = small_N[_parts(counts)[route.rank]]
+    return torch.cat([mine if rank == route.rank else part for rank, part in enumerate(arrived)])
+
+
+def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
+    """What the ranks made of each token summed, in rank order, of which rows_RD is what this one made: (T, D)."""
+    own = rows_RD[_parts(route.receive_counts)[route.rank]]
+    tokens = [route.token_N[part] for part in _parts(route.send_counts)]
+    rows = [own if rank == route.rank else part for rank, part in enumerate(arrived)]
+    return add_up(list(zip(tokens, rows)), route.num_tokens)
+
+
+class _Send(torch.autograd.Function):
+    """Tokens out; in the backward their gradients arrive, and are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, sent: Sent) -> Tensor:
+        assert sent.route is not None
+        rows = [(x_TD, sent.route.token_N), (sent.weights, None), (sent.expert_ids, None)]
+        sent.underway = sent.route.exchange.start(rows, sent.route.send_counts, numbers=sent.slot_counts)
+        ctx.sent, ctx.top_k = sent, weights_TK.shape[1]
+        return x_TD.new_zeros(1)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        sent, route = ctx.sent, ctx.sent.route
+        arrived, _counts = route.exchange.finish(sent.underway)
+        (grad_rows_RD, grad_weights_RK), sent.underway, sent.own_grads = sent.own_grads, None, None
+        rows, weights = map(list, zip(*arrived))
+        grad_weights_NK = _join(grad_weights_RK, route.receive_counts, weights, route).masked_fill_(route.empty_NK, 0)
+        grad_weights_TK = grad_weights_NK.new_zeros(route.num_tokens, ctx.top_k)
+        grad_weights_TK.index_add_(0, route.token_N, grad_weights_NK)
+        return _add_up(grad_rows_RD, rows, route), grad_weights_TK, None
+
+
+class _Receive(torch.autograd.Function):
+    """Tokens in; in the backward their gradients go back."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+        route = sent.route
+        assert route is not None and sent.underway is not None
+        arrived, route.receive_counts = route.exchange.finish(sent.underway)
+        sent.slot_counts = sent.underway.numbers
+        rows, weights, ids = map(list, zip(*arrived))
+        rows_RD = _gather(sent.x_TD, rows, route)
+        weights_RK = _join(sent.weights, route.send_counts, weights, route)
+        ids_RK = _join(sent.expert_ids, route.send_counts, ids, route).to(torch.int64)
+        sent.x_TD = sent.weights = sent.expert_ids = ids_RK.new_empty(0)  # they are not kept for the backward
+        sent.underway = None
+        ctx.sent, ctx.like = sent, ticket.new_zeros(1)
+        ctx.mark_non_differentiable(ids_RK)
+        return rows_RD, weights_RK, ids_RK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        sent, (grad_rows_RD, grad_weights_RK, _) = ctx.sent, grads
+        route, rows = sent.route, [(grad_rows_RD, None), (grad_weights_RK, None)]
+        sent.underway = route.exchange.start(rows, route.receive_counts, route.send_counts)
+        sent.own_grads = grad_rows_RD, grad_weights_RK
+        return ctx.like, None
+
+
+class _Combine(torch.autograd.Function):
+    """Rows back, and summed; their gradients out."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        arrived, _ = route.exchange.swap([(rows_RD, None)], route.receive_counts, route.send_counts)
+        return _add_up(rows_RD, [rows for (rows,) in arrived], route)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        route, (grad_TD,) = ctx.route, grads
+        arrived, _ = route.exchange.swap([(grad_TD, route.token_N)], route.send_counts, route.receive_counts)
+        return _gather(grad_TD, [rows for (rows,) in arrived], route), None

@@ -1,0 +1,1 @@
+"""A training run: built, looped, stopped, resumed; also balancing inside transformers' Trainer."""

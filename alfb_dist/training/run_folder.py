@@ -1,0 +1,73 @@
+"""The folder of a run: made anew for each run, found again to resume one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from alfb_dist.config import Config
+from alfb_dist.config.provenance import git_commit, versions
+
+
+def new_run_folder(parent: Path, name: str) -> Path:
+    """A folder that did not exist before: parent/name, or parent/name-2, -3, ... if that is taken."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def last_run_folder(parent: Path, name: str) -> Path | None:
+    """The folder that `new_run_folder` made last for this name, or None if there is none."""
+    numbered = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found = [(int(m[1] or 1), f) for f in parent.glob(f"{name}*") if (m := numbered.fullmatch(f.name)) and f.is_dir()]
+    return max(found)[1] if found else None
+
+
+def describe_run(config: Config, **facts: Any) -> dict[str, Any]:
+    """What config.json holds: the resolved configuration, its hash, versions, git commit and the given facts."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "config_hash": config.hash(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        **facts,
+    }
+
+
+def write_config(folder: Path, description: dict[str, Any]) -> None:
+    """folder/config.json holds the description, whole or not at all."""
+    aside = folder / "config.json.tmp"
+    aside.write_text(json.dumps(description, indent=1) + "\n")
+    aside.replace(folder / "config.json")
+
+
+def changed_settings(folder: Path, config: Config) -> list[str]:
+    """One line for each setting that differs from those that the run was last started with."""
+    try:
+        before = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        return [f"{folder / 'config.json'} cannot be read: whether settings have changed is not known"]
+    old, new = _flat(before), flat_settings(config)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key != "run.resume"]
+    return [f"changed since: {key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The configuration as one table, with keys such as balance.rate."""
+    return _flat(config.model_dump(mode="json"))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

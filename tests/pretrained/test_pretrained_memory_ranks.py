@@ -1,0 +1,92 @@
+"""What a rank needs to read and write a model: its share, and at most the largest single tensor beside it.
+
+Measured as the kernel counts it: the most pages that the process ever held (VmHWM), reset just before, less what it
+held then (VmRSS). Both include mapped files, the allocator's slack and gloo's buffers, so nothing can hide.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ranks import run_ranks
+from support.tiny import tiny_model
+
+import alfb_dist
+from alfb_dist.moe.sharded_experts import expert_parameters
+
+MIB = 1 << 20
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 8,
+}
+"""Two MoE layers of 8 experts: each 16 MiB of gate and up projections, the largest tensor, and 8 MiB down."""
+LARGEST = 8 * 1024 * 512 * 4
+SLACK = 3 * MIB
+"""What Python and the allocator take that is no weight."""
+
+
+def memory(key: str) -> int:
+    """The process's VmRSS or VmHWM, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(key)
+
+
+def start_measuring() -> int:
+    """The peak is what the process has now; how much that is."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def measured(folder: Path, out: Path, layout: str, ep_degree: int, dtype: str) -> dict[str, int]:
+    """The bytes of the model and of this rank's share, and the peaks of reading and of writing."""
+    small = alfb_dist.from_pretrained(folder / "small", ep_degree=ep_degree)
+    alfb_dist.save_pretrained(small, out / "small", layout=layout)  # everything is imported
+    before = start_measuring()
+    model: Any = alfb_dist.from_pretrained(folder / layout, ep_degree=ep_degree, dtype=dtype)
+    found = {"read": memory("VmHWM") - before}
+    found["share"] = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    experts = sum(p.numel() * p.element_size() for p in expert_parameters(model))
+    found["whole"] = found["share"] + (ep_degree - 1) * experts
+    before = start_measuring()
+    alfb_dist.save_pretrained(model, out / "model", layout=layout, max_shard_bytes=20 * MIB)
+    found["write"] = memory("VmHWM") - before
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models written by transformers in both layouts, and a small one."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model().save_pretrained(folder / "small")
+    model = tiny_model(**SIZES)
+    for layout in ("fused", "per_expert"):
+        model.save_pretrained(folder / layout, save_original_format=layout == "per_expert", max_shard_size="40MB")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ep_degree", "layout", "dtype"),
+    [
+        (2, "fused", "float32"),
+        (2, "per_expert", "bfloat16"),
+        (4, "fused", "bfloat16"),
+        (4, "per_expert", "float32"),
+    ],
+)
+def test_rank_needs_its_share_and_one_tensor(
+    folder: Path, tmp_path: Path, ep_degree: int, layout: str, dtype: str
+) -> None:
+    largest = LARGEST if dtype == "float32" else LARGEST // 2
+    for found in run_ranks(ep_degree, measured, folder, tmp_path, layout, ep_degree, dtype, folder=tmp_path):
+        assert found["share"] + largest + SLACK < found["whole"]  # or all of this says nothing
+        assert found["read"] <= found["share"] + largest + SLACK, found
+        assert found["write"] <= largest + SLACK, found

@@ -1,0 +1,39 @@
+"""What doctor's tests share: a table of facts and verdicts, results by name, commands that stand in for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from alfb_dist.cli.doctor.case import Case
+from alfb_dist.cli.doctor.result import Result
+from alfb_dist.config import load_config
+
+TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
+MEASURED = {"latency_seconds": 1e-4, "bytes_per_second": 2**30, "exact": True}  # by the exchange test
+Row = tuple[Callable[..., Any], tuple[Any, ...], str, str]
+"""(judge, facts, its verdict, words that its result holds)."""
+
+
+def check_row(judge: Callable[..., Result], facts: tuple[Any, ...], verdict: str, words: str) -> None:
+    """The facts get this verdict, with a mend where something is not well."""
+    result = judge(*facts)
+    assert result.verdict == verdict
+    assert words in result.found or words in result.mend, result
+    assert bool(result.mend) == (verdict in ("warning", "problem"))
+
+
+def verdicts(results: Iterable[Result]) -> dict[str, str]:
+    return {result.check: result.verdict for result in results}
+
+
+def put_command(folder: Path, name: str, script: str) -> None:
+    """The folder has a command of this name."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def case(*overrides: str, hosts: dict[str, int] | None = None) -> Case:
+    hosts = hosts or {}
+    return Case(load_config(TEST_CONFIG, overrides, world_size=sum(hosts.values()) or None), hosts=hosts)
