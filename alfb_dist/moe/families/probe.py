@@ -10,23 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from alfb_dist.balance.router import RouterSpec, choose_experts, combine_weights, gate_scores
+from alfb_dist.balance.router import RouterSpec, float32_logits, weights_and_ids
 from alfb_dist.moe.families.blocks import num_choices, score_matrix
 from alfb_dist.moe.topk_bias import BiasedChoice, Choice
 
 CPU = torch.device("cpu")
 """Where trials run, also while a model is built without memory."""
-
-
-def float32_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
-    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    return nn.functional.linear(x_TD.to(torch.float32), weight_ED.to(torch.float32))
-
-
-def weights_and_ids(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    scores_TE = gate_scores(logits_TE, spec)
-    ids_TK = choose_experts(scores_TE.detach(), bias_E, spec)
-    return combine_weights(scores_TE, ids_TK, spec), ids_TK
 
 
 @dataclass(frozen=True)
