@@ -15,9 +15,10 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
 from alfb_dist.distributed.collectives import Group
+from alfb_dist.moe.batch import Batch
+from alfb_dist.moe.batch_hooks import track_batches
 from alfb_dist.moe.families.blocks import moe_blocks
-from alfb_dist.moe.gate import BalancedGate, Batch, make_balanced
-from alfb_dist.moe.parallelize import _note_batch
+from alfb_dist.moe.gate import BalancedGate, make_balanced
 from alfb_dist.moe.routing import Routing
 from alfb_dist.moe.sharded_experts import ShardedExperts
 
@@ -93,5 +94,5 @@ def watch_autoep(model: nn.Module, group: Group = None) -> list[BalancedGate]:
         router.batch = batch
         router.bias_E.data = router.bias_E.data.float()
     if fresh:
-        _note_batch(model)
+        track_batches(model)
     return [layer.router for _, layer in biased]

@@ -8,50 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.balance.aux_loss import LossScale, attach, batch_loss, sequence_loss
+from alfb_dist.balance.aux_loss import attach, batch_loss, sequence_loss
 from alfb_dist.balance.router import RouterSpec, gate_scores
 from alfb_dist.distributed.collectives import Group, all_sum, size
+from alfb_dist.moe.batch import Batch
 from alfb_dist.moe.families.blocks import num_choices, score_matrix
 from alfb_dist.moe.families.probe import find_rule
 from alfb_dist.moe.load_count import commit_in_backward
-from alfb_dist.moe.recompute import Run, SameChoice
+from alfb_dist.moe.mixin import BiasHolder, mix
+from alfb_dist.moe.recompute import SameChoice
 from alfb_dist.moe.routing import Router, Routing, choose_router
 from alfb_dist.profiling import span
-
-
-@dataclass
-class Batch:
-    """What the gates of one model need to know about the micro-batch in its forward; shared by all its gates."""
-
-    shape: tuple[int, int] | None = None  # sequences, positions
-    mask_BS: Tensor | None = None  # False on padding; None where nothing is padded
-    evaluated_mask_BS: Tensor | None = None  # the same of an evaluation, which a backward still to come must not see
-    loss_scale: LossScale = field(default_factory=LossScale)
-    run: Run | None = None  # of a checkpointed layer, while it runs
-
-    def noted(self) -> tuple[tuple[int, int] | None, Tensor | None]:
-        """What a training forward has noted."""
-        return self.shape, self.mask_BS
-
-    def note(self, shape: tuple[int, int] | None, mask_BS: Tensor | None) -> None:
-        """A training forward has this shape and mask."""
-        self.shape, self.mask_BS = shape, mask_BS
-
-    def mask_T(self, num_tokens: int, *, evaluated: bool = False) -> Tensor | None:
-        """The mask of the forward's tokens in their order. ValueError if it does not fit."""
-        mask_BS = self.evaluated_mask_BS if evaluated else self.mask_BS
-        if mask_BS is None:
-            return None
-        if mask_BS.numel() != num_tokens:
-            shape = tuple(mask_BS.shape)
-            raise ValueError(f"the attention mask {shape} does not have one entry for each of {num_tokens} tokens")
-        return mask_BS.flatten()
 
 
 @dataclass
@@ -78,22 +51,6 @@ class _Counted(NamedTuple):
     weights: Tensor  # the routing's; their backward commits the load
     load_E: Tensor  # int64, without padding
     mask_T: Tensor | None  # False on padding; None where nothing is padded
-
-
-class BiasHolder(nn.Module):
-    """What is mixed into the class of a module that holds a selection bias. Not used on its own."""
-
-    held_bias: str  # the bias's name in this module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts everything as asked, except that the bias stays float32 with all its bits."""
-        bias = getattr(self, self.held_bias)
-        exact = bias.detach().clone() if bias.dtype == torch.float32 else None
-        super()._apply(fn, recurse)
-        bias = getattr(self, self.held_bias)
-        if bias.dtype != torch.float32:
-            bias.data = bias.float() if exact is None else exact.to(bias.device)
-        return self
 
 
 class BalancedGate(nn.Module):
@@ -175,12 +132,6 @@ class BalancedGate(nn.Module):
             part = batch_loss(scores_TE, counted.mask_T, total_E, self.spec.top_k, num_ranks)
             loss = loss + self.aux.batch_alpha * part
         return loss
-
-
-def mix(module: nn.Module, *mixins: type[nn.Module]) -> None:
-    """The module's class is now a subclass of it and of the mixins, so that transformers still knows it."""
-    family = type(module)
-    module.__class__ = type(f"Balanced{family.__name__}", (*mixins, family), {"__module__": __name__})
 
 
 def _hold_bias(gate: nn.Module, bias_name: str, holder: Any) -> None:

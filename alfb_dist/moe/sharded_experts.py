@@ -145,8 +145,3 @@ class ShardedExperts(AutoEPMoELayer):
 def sharded_experts(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
     """The sharded experts of a model with their names, in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ShardedExperts)]
-
-
-def expert_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that differ between the ranks of an expert-parallel group."""
-    return [p for _, m in sharded_experts(model) for p in m.parameters()]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.moe.families.experts import FAILURES
-from alfb_dist.moe.gate import BalancedGate, mix
+from alfb_dist.moe.gate import BalancedGate
+from alfb_dist.moe.mixin import mix
 from alfb_dist.moe.shared_experts import shared_name
 
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from alfb_dist.balance.router import RouterSpec
+from alfb_dist.moe.batch import Batch
 from alfb_dist.moe.families.probe import find_spec
-from alfb_dist.moe.gate import AuxLosses, BalancedGate, Batch, balance_gate
+from alfb_dist.moe.gate import AuxLosses, BalancedGate, balance_gate
 from alfb_dist.moe.parallelize import parallelize, watch
 
 

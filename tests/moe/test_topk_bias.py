@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.balance.router import RouterSpec
+from alfb_dist.moe.batch import Batch
 from alfb_dist.moe.families.probe import find_choice, find_rule
-from alfb_dist.moe.gate import AuxLosses, Batch, balance_gate
+from alfb_dist.moe.gate import AuxLosses, balance_gate
 from alfb_dist.moe.topk_bias import BiasedChoice, Choice
 
 SCORES = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
