@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from alfb_dist.balance.aux_loss import LossScale
-from alfb_dist.moe.recompute import Run
+from alfb_dist.moe.recompute import Recording
 
 
 @dataclass
 class Batch:
-    """The shape and padding of the current micro-batch; one object for all gates of a model."""
+    """Shape and padding of the current micro-batch; one object for all gates of a model."""
 
     shape: tuple[int, int] | None = None  # sequences, positions
     mask_BS: Tensor | None = None  # False on padding; None where nothing is padded
-    evaluated_mask_BS: Tensor | None = None  # the same of an evaluation, which a backward still to come must not see
+    evaluated_mask_BS: Tensor | None = None  # of an evaluation, which the backward of a training forward must not see
     loss_scale: LossScale = field(default_factory=LossScale)
-    run: Run | None = None  # of a checkpointed layer, while it runs
+    recording: Recording | None = None  # of a checkpointed layer, while it runs
 
-    def noted(self) -> tuple[tuple[int, int] | None, Tensor | None]:
-        """What a training forward has noted."""
+    def snapshot(self) -> tuple[Any, ...]:
+        """Return what a recompute of the current training forward needs."""
         return self.shape, self.mask_BS
 
-    def note(self, shape: tuple[int, int] | None, mask_BS: Tensor | None) -> None:
-        """A training forward has this shape and mask."""
-        self.shape, self.mask_BS = shape, mask_BS
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Set the batch of a snapshot."""
+        self.shape, self.mask_BS = snapshot
 
     def mask_T(self, num_tokens: int, *, evaluated: bool = False) -> Tensor | None:
         """Return the mask of the forward's tokens in their order. Raises ValueError if it has another size."""

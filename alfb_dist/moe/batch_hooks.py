@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.moe.gate import BalancedGate
-from alfb_dist.moe.recompute import remember_runs
+from alfb_dist.moe.recompute import replay_checkpoints
 
 
 def _first_gate(model: nn.Module) -> BalancedGate:
@@ -48,14 +48,14 @@ def track_batches(model: nn.Module) -> None:
         if not (gate.training and torch.is_grad_enabled()):
             batch.evaluated_mask_BS = mask_BS
             return
-        batch.note(shape, mask_BS)
+        batch.shape, batch.mask_BS = shape, mask_BS
         batch.loss_scale.gradient = None
 
     if _takes_batch(signature):
         innermost.register_forward_pre_hook(before, with_kwargs=True)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing") and any(isinstance(m, BalancedGate) for m in module.modules()):
-            module.register_forward_pre_hook(lambda module, _: remember_runs(module, _first_gate(module).batch))
+            module.register_forward_pre_hook(lambda module, _: replay_checkpoints(module, _first_gate(module).batch))
 
 
 def padding_mask(attention_mask: Any, positions: int | None = None) -> Tensor | None:

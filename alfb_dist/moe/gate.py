@@ -19,10 +19,10 @@ from alfb_dist.balance.router import RouterSpec, gate_scores
 from alfb_dist.distributed.collectives import Group, all_sum, size
 from alfb_dist.moe.batch import Batch
 from alfb_dist.moe.families.blocks import num_choices, score_matrix
-from alfb_dist.moe.families.probe import find_rule
+from alfb_dist.moe.families.probe import probe_router
 from alfb_dist.moe.load_count import commit_in_backward
 from alfb_dist.moe.mixin import BiasHolder, mix
-from alfb_dist.moe.recompute import SameChoice
+from alfb_dist.moe.recompute import ReplayedTopK
 from alfb_dist.moe.routing import Router, Routing, choose_router
 from alfb_dist.profiling import span
 
@@ -96,8 +96,8 @@ class BalancedGate(nn.Module):
 
     def _route(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Routing:
         """Route the tokens; a recompute chooses the experts that the first run of its layer chose."""
-        run = self.batch.run
-        with nullcontext() if run is None else SameChoice(run, self.bias_E.numel()):
+        recording = self.batch.recording
+        with nullcontext() if recording is None else ReplayedTopK(recording, self.bias_E.numel()):
             return self.router(self, hidden_states, *args, **kwargs)
 
     def _count(self, routing: Routing) -> _Counted:
@@ -158,7 +158,7 @@ def balance_gate(
     """
     holder = gate if holder is None else holder
     if not isinstance(gate, BalancedGate):
-        spec, exact = find_rule(gate, bias_name, holder)
+        spec, exact = probe_router(gate, bias_name, holder)
         _check_aux(gate, aux, spec)
         router = choose_router(gate, bias_name, holder, spec if exact else None)
         weight_name = score_matrix(gate, num_choices(gate, getattr(holder, bias_name, None)))

@@ -13,13 +13,13 @@ from alfb_dist.distributed.collectives import size, world_group
 from alfb_dist.distributed.topology import make_grid
 from alfb_dist.moe.batch import Batch
 from alfb_dist.moe.batch_hooks import track_batches, track_loss_scale
-from alfb_dist.moe.families.blocks import MoEBlock, check_done, moe_blocks
+from alfb_dist.moe.families.blocks import MoEBlock, check_supported, moe_blocks
 from alfb_dist.moe.families.experts import is_swiglu, why_whole
 from alfb_dist.moe.gate import AuxLosses, BalancedGate, balance_gate
 from alfb_dist.moe.mixin import mix
 from alfb_dist.moe.sharded_experts import ShardedExperts, sharded_experts
 from alfb_dist.moe.shared_experts import CompiledShared, is_shared_swiglu, shared_name
-from alfb_dist.moe.shared_overlap import shared_to_run_early
+from alfb_dist.moe.shared_overlap import overlap_shared_experts
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,7 +29,7 @@ def check_parallelizable(model: nn.Module, ep_degree: int) -> list[MoEBlock]:
     family, blocks = type(model).__name__, list(moe_blocks(model))
     if sharded_experts(model):
         raise ValueError(f"this {family} is parallelised already")
-    check_done(model)
+    check_supported(model)
     if not blocks:
         raise ValueError(f"{family} has no MoE block with a gate that carries a selection bias")
     if not isinstance(ep_degree, int) or ep_degree < 1:
@@ -63,7 +63,7 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
         if aux is not None and aux.on:
             raise ValueError("auxiliary losses come with parallelize, which must be called before a Balancer is made")
         return gates
-    check_done(model)
+    check_supported(model)
     batch, aux = Batch(), aux or AuxLosses()
     gates = [balance_gate(b.gate, b.bias_name, batch, aux, b.holder) for b in moe_blocks(model)]
     if gates:
@@ -120,5 +120,5 @@ def parallelize(
             block.module.experts = experts
             _compile_shared(block.module)
             if ep_degree > 1 and max_rows == 0:
-                experts.shared = shared_to_run_early(block.module, block.gate)
+                experts.shared = overlap_shared_experts(block.module, block.gate)
     return model

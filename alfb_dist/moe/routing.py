@@ -16,8 +16,8 @@ from torch.nn import functional
 from alfb_dist.balance.router import RouterSpec, float32_logits, weights_and_ids
 from alfb_dist.cpu import allocator as arena
 from alfb_dist.cpu import experts as native
-from alfb_dist.moe.families.probe import find_choice
-from alfb_dist.moe.topk_bias import BiasedChoice, Choice
+from alfb_dist.moe.families.probe import probe_top_k
+from alfb_dist.moe.topk_bias import BiasedTopK, TopKSpec
 
 
 class Routing(NamedTuple):
@@ -64,14 +64,14 @@ class FamilyRouter:
 class BiasedFamilyRouter:
     """Routes by the forward of a family without a selection bias, with ours inside its top-k."""
 
-    choice: Choice
+    spec: TopKSpec
 
     def __call__(self, gate: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Routing:
         """Route by the family's forward with a biased top-k."""
-        with BiasedChoice(gate.bias_E, of_logits=self.choice.of_logits) as top_k:
+        with BiasedTopK(gate.bias_E, of_logits=self.spec.of_logits) as top_k:
             output = gate.family_forward(hidden_states, *args, **kwargs)
         assert top_k.ids_TK is not None
-        at = self.choice.weights_at
+        at = self.spec.weights_at
         return Routing(output, output[0], output[at], top_k.ids_TK, at)
 
 
@@ -85,13 +85,13 @@ def choose_router(gate: Any, bias_name: str, holder: nn.Module, exact: RouterSpe
         return SpecRouter(exact)
     if getattr(holder, bias_name, None) is not None:
         return FamilyRouter()
-    choice = find_choice(gate)
-    if choice is None:
+    top_k = probe_top_k(gate)
+    if top_k is None:
         raise ValueError(
             f"{type(gate).__name__} has no selection bias and cannot get one: it does not choose by one top-k over its "
             "experts that decides its weights"
         )
-    return BiasedFamilyRouter(choice)
+    return BiasedFamilyRouter(top_k)
 
 
 class _Logits(torch.autograd.Function):

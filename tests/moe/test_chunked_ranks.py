@@ -14,7 +14,7 @@ from support.tiny import full_gradients, set_biases, tiny_batch, tiny_model
 from torch import Tensor
 
 from alfb_dist.engine.balancer import Balancer
-from alfb_dist.moe import sharded_experts as moe
+from alfb_dist.moe import sharded_experts
 from alfb_dist.moe.parallelize import parallelize
 
 BOUND = 12
@@ -32,20 +32,20 @@ def train(ep: int, hot: bool, max_rows: int) -> dict[str, Any]:
     """One training forward and backward, and an evaluation, of a batch whose size differs between ranks."""
     model = parallelize(hot_model(hot), ep_degree=ep, max_rows=max_rows)
     balancer, rank = Balancer(model), dist.get_rank()
-    batch, seen, compute = tiny_batch(rank, 1 + rank, 14), [], moe.expert_mlp
+    batch, seen, compute = tiny_batch(rank, 1 + rank, 14), [], sharded_experts.expert_mlp
 
     def spy(x_RD: Tensor, *args: Any, **options: Any) -> Tensor:
         seen.append(len(x_RD))
         return compute(x_RD, *args, **options)
 
-    moe.expert_mlp = spy
+    sharded_experts.expert_mlp = spy
     loss = model(**batch).loss
     loss.backward()
     gradients = full_gradients(model)
     balancer.step()
     with torch.no_grad():
         logits = model.eval()(**batch).logits
-    moe.expert_mlp = compute
+    sharded_experts.expert_mlp = compute
     return {
         "loss": loss.detach(),
         "logits": logits,

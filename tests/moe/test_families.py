@@ -10,8 +10,8 @@ import torch
 from support.family_table import (
     DOCUMENT,
     HOLDS_BIAS,
-    NOT_DONE,
     NOT_LANGUAGE_ONLY,
+    UNSUPPORTED,
     biased_folders_without_language_model,
     moe_language_models,
     sources,
@@ -184,7 +184,7 @@ DBRX = {
 
 
 @pytest.mark.parametrize("take", [lambda model: parallelize(model, ep_degree=1), Balancer], ids=["sharded", "balanced"])
-@pytest.mark.parametrize("family", NOT_DONE)
+@pytest.mark.parametrize("family", UNSUPPORTED)
 def test_family_not_done_is_refused_with_its_reason_and_left_as_it_was(family: str, take: Any) -> None:
     sizes = {**COMMON, "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 1 if family == "zaya" else 2}
     with torch.device("meta"):
@@ -192,7 +192,7 @@ def test_family_not_done_is_refused_with_its_reason_and_left_as_it_was(family: s
     before = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=rf"^{type(model).__name__} \({family}\) cannot be balanced: ") as error:
         take(model)
-    assert str(error.value).endswith(NOT_DONE[family])
+    assert str(error.value).endswith(UNSUPPORTED[family])
     assert [type(m) for m in model.modules()] == before
 
 
@@ -255,7 +255,7 @@ def test_model_built_without_memory_is_taken_too() -> None:
 
 def test_document_lists_every_family_of_the_installed_transformers() -> None:
     """A new family is either in the table of families done, or in that of those not done."""
-    assert moe_language_models() == set(FAMILIES) | set(NOT_DONE)
-    assert not set(FAMILIES) & set(NOT_DONE)
+    assert moe_language_models() == set(FAMILIES) | set(UNSUPPORTED)
+    assert not set(FAMILIES) & set(UNSUPPORTED)
     assert biased_folders_without_language_model() == set(NOT_LANGUAGE_ONLY)
     assert written(DOCUMENT.read_text()) == DOCUMENT.read_text(), "run python tests/family_table.py"

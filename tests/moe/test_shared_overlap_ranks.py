@@ -20,7 +20,7 @@ from alfb_dist.moe.dispatch import Sent, _Receive, _Send
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts
-from alfb_dist.moe.shared_overlap import RunsEarly, shared_to_run_early
+from alfb_dist.moe.shared_overlap import OverlappedSharedExperts, overlap_shared_experts
 
 AFTERWARDS = {"deepseek_v3", "dots1", "glm4_moe", "exaone_moe"}
 BEFORE = {"qwen2_moe", "hunyuan_v1_moe"}
@@ -31,7 +31,7 @@ WITHOUT = {"mixtral", "olmoe", "gpt_oss"}
 def test_only_shared_experts_that_are_asked_last_run_early(family: str) -> None:
     model = family_model(family)
     watch(model)
-    found = [shared_to_run_early(block.module, block.gate) for block in moe_blocks(model)]
+    found = [overlap_shared_experts(block.module, block.gate) for block in moe_blocks(model)]
     assert {shared and shared[1] for shared in found} == ({"shared_experts"} if family in AFTERWARDS else {None})
 
 
@@ -41,12 +41,12 @@ def test_none_run_early_where_no_rows_travel(options: dict[str, int]) -> None:
     assert [experts.shared for _, experts in sharded_experts(model)] == [None, None]
 
 
-def early_block() -> tuple[nn.Module, RunsEarly, Tensor]:
+def early_block() -> tuple[nn.Module, OverlappedSharedExperts, Tensor]:
     """A block, its shared experts, which ran early on the tokens, and the tokens, (1, T, D)."""
     model = tiny_model(1)
     watch(model)
     first = next(moe_blocks(model))
-    block, name = shared_to_run_early(first.module, first.gate)
+    block, name = overlap_shared_experts(first.module, first.gate)
     shared, x = block.get_submodule(name), torch.randn(1, 5, 24, requires_grad=True) * 1
     shared.run_early(x.view(5, 24))
     return block, shared, x
@@ -95,7 +95,7 @@ class Normed(nn.Module):
 def test_shared_experts_that_are_asked_with_something_else_do_not_run_early(given: str) -> None:
     block, _, _ = early_block()
     block.register_module("normed", Normed(block, given))
-    assert shared_to_run_early(block.normed, block.gate) is None
+    assert overlap_shared_experts(block.normed, block.gate) is None
 
 
 def test_a_block_that_ends_early_leaves_nothing() -> None:
