@@ -5,7 +5,7 @@ A group of None is this process alone, where torch.distributed is not up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -120,7 +120,7 @@ def exchange_notes(notes: list[list[int]], rows: int, group: ProcessGroup, devic
     would otherwise be silent (stale rows) or abort the receiver.
     """
     going, problem = notes_to_send(notes, rows, group)
-    told = _swap_numbers(going, group, device)
+    told = exchange_numbers(going, group, device)
     check_notes(told, group, problem)
     return told
 
@@ -141,7 +141,11 @@ def check_notes(told: list[list[int]], group: ProcessGroup, problem: str) -> Non
         raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {wrong}{problem}")
 
 
-def _swap_numbers(numbers: list[list[int]], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+def exchange_numbers(numbers: Sequence[Sequence[int]], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Return the numbers that each rank of the group has for this one, in rank order; collective.
+
+    numbers: int64, a row for each rank, of the same length on every rank.
+    """
     sent = torch.tensor(numbers, dtype=torch.int64, device=device)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -149,7 +153,7 @@ def _swap_numbers(numbers: list[list[int]], group: ProcessGroup, device: torch.d
     return numbers_by_rank
 
 
-def all_gather_numbers(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+def all_gather_numbers(numbers: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
     """Each rank's numbers (int64, equally many), in rank order; collective."""
     gathered = torch.zeros(group.size(), len(numbers), dtype=torch.int64, device=device)
     gathered[group.rank()] = torch.tensor(numbers)
