@@ -9,6 +9,7 @@ from typing import Any
 
 from alfb_dist.bench.sizes import FLOOR, Case
 from alfb_dist.config.provenance import versions
+from alfb_dist.report.wording import human
 
 Figures = dict[str, Any]
 
@@ -20,11 +21,6 @@ def shown(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f} [{spread['min']:.2f}, {spread['max']:.2f}]"
 
 
-def megabytes(number: float) -> str:
-    """Bytes in powers of 1024."""
-    return f"{number / 2**20:.1f} MiB"
-
-
 def case_rows(figures: Figures) -> list[tuple[str, ...]]:
     """A row for each contestant, the fastest first, with HEAD's columns."""
     found = sorted(figures["results"].items(), key=lambda item: item[1]["ms"]["median"])
@@ -34,7 +30,7 @@ def case_rows(figures: Figures) -> list[tuple[str, ...]]:
             shown(one["ms"]),
             shown(one["ratio"]),
             f"{one['kept_bytes_per_row']:.0f}" if "kept_bytes_per_row" in one else "",
-            megabytes(one["peak_bytes"]) if "peak_bytes" in one else "",
+            human(one["peak_bytes"]) if "peak_bytes" in one else "",
         )
         for name, one in found
     ]
