@@ -67,8 +67,8 @@ def peak_bytes(run: Run) -> int:
     The peaks of torch and of the arena are added, an upper bound if they do not fall together.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "trace.json")
         arena.grown()
         with profile(activities=activities, profile_memory=True) as recorded:
             run.backward(run.forward())
