@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from alfb_dist.report.svg import Axis, Values, frame, path, thinned, value_range
+from alfb_dist.report.svg import Axis, Values, extent, frame, path, thinned, value_range
 
 WIDE, HALF = (1120, 300), (548, 230)
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 62, 14, 12, 42
@@ -72,17 +72,11 @@ def figure(title: str, note: str, body: str, *, wide: bool = True) -> str:
 def axes(chart: Chart) -> tuple[Axis, Axis]:
     """The chart's x and y axis, wide enough for every line and reference."""
     width, height = chart.size
-    x_low, x_high = _extent([line.x for line in chart.lines])
     include = (*(reference.level for reference in chart.references), *((0.0,) if chart.from_zero else ()))
     low, high = value_range([line.y for line in chart.lines], include=include)
-    x_axis = Axis(x_low, x_high, _MARGIN_LEFT, width - _MARGIN_RIGHT)
+    x_range = extent(np.concatenate([line.x for line in chart.lines]))
+    x_axis = Axis(*x_range, _MARGIN_LEFT, width - _MARGIN_RIGHT)
     return x_axis, Axis(low, high, height - _MARGIN_BOTTOM, _MARGIN_TOP, symlog=chart.symlog, whole=chart.whole)
-
-
-def _extent(columns: list[Values]) -> tuple[float, float]:
-    joined = np.concatenate(columns)
-    low, high = float(joined.min()), float(joined.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _drawing(chart: Chart) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from numpy.typing import NDArray
 
 from alfb_dist.report.png import data_uri, png
+from alfb_dist.report.svg import slices
 
 CAP = 4.0  # full colour at a quarter and at four times the mean load
 COLD, HOT = (37, 99, 201), (208, 59, 48)  # below and above the mean; strength is opacity, so any background works
@@ -41,14 +40,7 @@ def picture(shade_HW: Shade) -> str:
 
 def binned_ratio(load_NLE: NDArray[np.int64], columns: int) -> NDArray[np.float64]:
     """(columns, L, E) load ratios: neighbouring records are added up so that at most `columns` remain."""
-    slices = time_slices(len(load_NLE), columns)
-    return np.stack([load_ratio(load_NLE[start:stop].sum(axis=0)) for start, stop in slices])
-
-
-def time_slices(num_records: int, columns: int) -> list[tuple[int, int]]:
-    """[start, stop) of at most `columns` runs of neighbouring records that together are all of them."""
-    edges = np.linspace(0, num_records, min(columns, num_records) + 1).astype(int)
-    return [(int(start), int(stop)) for start, stop in pairwise(edges)]
+    return np.stack([load_ratio(load_NLE[part].sum(axis=0)) for part in slices(len(load_NLE), columns)])
 
 
 def _palette() -> NDArray[np.uint8]:

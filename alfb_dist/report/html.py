@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from alfb_dist.config.publish import publish
 from alfb_dist.report.chart import HALF, Chart, Line, Reference, line_chart
 from alfb_dist.report.facts import flatten, model_facts
 from alfb_dist.report.figures import key_figures
@@ -27,9 +27,8 @@ def write_html(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     target = run.folder / "report.html"
-    aside = target.with_suffix(".html.tmp")
-    aside.write_text(report_page(run), encoding="utf-8")
-    os.replace(aside, target)
+    with publish(target) as temporary:
+        temporary.write_text(report_page(run), encoding="utf-8")
     return target
 
 
@@ -95,23 +94,19 @@ def _training(run: RunData, figures: dict[str, Any]) -> str:
         lines,
         references=[] if entropy is None else [Reference("unigram entropy", float(entropy))],
     )
-    norm = Chart(
-        "Gradient norm",
-        "Before clipping. Spikes and gaps (NaN or infinite) mark steps to look at.",
-        "gradient norm",
-        [Line("gradient norm", step, run.column("grad_norm"))],
-        size=HALF,
-        from_zero=True,
-    )
-    rate = Chart(
-        "Learning rate",
-        "The schedule as it was applied.",
-        "learning rate",
-        [Line("learning rate", step, run.column("lr"))],
-        size=HALF,
-        from_zero=True,
-    )
-    return _section("Training", [line_chart(loss), line_chart(norm), line_chart(rate)])
+    note = "Before clipping. Spikes and gaps (NaN or infinite) mark steps to look at."
+    norm = _column_chart(run, "grad_norm", "Gradient norm", note, "gradient norm", from_zero=True)
+    note = "The schedule as it was applied."
+    rate = _column_chart(run, "lr", "Learning rate", note, "learning rate", from_zero=True)
+    return _section("Training", [line_chart(loss), norm, rate])
+
+
+def _column_chart(
+    run: RunData, key: str, title: str, note: str, y_label: str, *, label: str = "", **options: Any
+) -> str:
+    """A half-width chart of one value of the training records; its line is called like the chart unless labelled."""
+    line = Line(label or title.lower(), run.column("step"), run.column(key))
+    return line_chart(Chart(title, note, y_label, [line], size=HALF, **options))
 
 
 def _balance(run: RunData) -> str:
@@ -120,25 +115,11 @@ def _balance(run: RunData) -> str:
     if run.loads is not None and len(run.loads.steps):
         loads = run.loads
         cards += [last_load(loads, labels), load_panels(loads, labels), bias_panels(loads, labels)]
-    step = run.column("step")
-    spread = Chart(
-        "Bias range",
-        "Largest minus smallest bias, over all layers. It grows until the layers are balanced, then levels off.",
-        "bias range (score)",
-        [Line("bias range", step, run.column("bias_range"))],
-        size=HALF,
-        from_zero=True,
-    )
-    dead = Chart(
-        "Dead experts",
-        "Experts of all layers that got no token in the step. Should reach 0 and stay there.",
-        "experts",
-        [Line("dead experts", step, run.column("dead_experts"))],
-        size=HALF,
-        from_zero=True,
-        whole=True,
-    )
-    return _section("Balance", [*cards, line_chart(spread), line_chart(dead)])
+    note = "Largest minus smallest bias, over all layers. It grows until the layers are balanced, then levels off."
+    spread = _column_chart(run, "bias_range", "Bias range", note, "bias range (score)", from_zero=True)
+    note = "Experts of all layers that got no token in the step. Should reach 0 and stay there."
+    dead = _column_chart(run, "dead_experts", "Dead experts", note, "experts", from_zero=True, whole=True)
+    return _section("Balance", [*cards, spread, dead])
 
 
 def _violation_chart(run: RunData, labels: list[str]) -> Chart:
@@ -165,24 +146,12 @@ def _violation_chart(run: RunData, labels: list[str]) -> Chart:
 
 
 def _cost(run: RunData) -> str:
-    step = run.column("step")
-    skew = Chart(
-        "Rank skew",
-        "Routed rows of the busiest rank over the mean of all ranks. At 1 no rank waits for another.",
-        "busiest rank / mean",
-        [Line("rank skew", step, run.column("rank_skew"))],
-        references=[Reference("even", 1.0)],
-        size=HALF,
-    )
-    speed = Chart(
-        "Throughput",
-        "Tokens that all ranks together train on per second, evaluation and saving left out.",
-        "tokens/s",
-        [Line("tokens/s", step, run.column("tokens_per_second"))],
-        size=HALF,
-        from_zero=True,
-    )
-    return _section("Cost", [line_chart(skew), line_chart(speed)])
+    note = "Routed rows of the busiest rank over the mean of all ranks. At 1 no rank waits for another."
+    even = [Reference("even", 1.0)]
+    skew = _column_chart(run, "rank_skew", "Rank skew", note, "busiest rank / mean", references=even)
+    note = "Tokens that all ranks together train on per second, evaluation and saving left out."
+    speed = _column_chart(run, "tokens_per_second", "Throughput", note, "tokens/s", label="tokens/s", from_zero=True)
+    return _section("Cost", [skew, speed])
 
 
 def _section(title: str, cards: list[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from alfb_dist.report.chart import figure
 from alfb_dist.report.heatmap import CAP, COLD, HOT, Shade, binned_ratio, load_ratio, picture, shade
 from alfb_dist.report.load_file import Loads
-from alfb_dist.report.svg import Axis, Values, band, frame, path, tick_text, value_range
+from alfb_dist.report.svg import Axis, Values, band, extent, frame, path, slices, tick_text, value_range
 
 _WIDTH, _HEIGHT = 300, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 40
@@ -27,8 +27,8 @@ def load_panels(loads: Loads, labels: Sequence[str]) -> str:
     _, num_layers, num_experts = loads.shape
     columns = max(20, min(_MOST_COLUMNS, _PIXELS // (num_layers * num_experts)))
     shade_LEC = np.moveaxis(shade(binned_ratio(loads.load_NLE, columns)), 0, -1)
-    steps = _column_steps(loads, shade_LEC.shape[-1])
-    x_axis = Axis(*_span(loads.steps.astype(np.float64)), _LEFT, _WIDTH - _RIGHT)
+    steps = [int(loads.steps[part.start]) for part in slices(len(loads.steps), columns)]
+    x_axis = Axis(*extent(loads.steps), _LEFT, _WIDTH - _RIGHT)
     panels = [_load_panel(label, shade_EC, x_axis) for label, shade_EC in zip(labels, shade_LEC)]
     note = (
         "One row per expert, time runs to the right. No colour: the expert gets its fair share of tokens. "
@@ -58,7 +58,7 @@ def bias_panels(loads: Loads, labels: Sequence[str]) -> str:
     kept = np.unique(np.linspace(0, num_records - 1, max(12, min(200, per_line))).astype(int))
     steps, bias_NLE = loads.steps[kept].astype(np.float64), loads.bias_NLE[kept].astype(np.float64)
     low, high = value_range([bias_NLE.ravel()], include=(0.0,))
-    x_axis = Axis(*_span(steps), _LEFT, _WIDTH - _RIGHT)
+    x_axis = Axis(*extent(steps), _LEFT, _WIDTH - _RIGHT)
     y_axis = Axis(min(low, -high * 0.02), max(high, -low * 0.02), _HEIGHT - _BOTTOM, _TOP)
     draw = _bias_lines if as_lines else _bias_bands
     panels = [
@@ -172,14 +172,3 @@ def _frame(x_axis: Axis, y_axis: Axis, y_label: str) -> str:
 def _zero(x_axis: Axis, y_axis: Axis) -> str:
     y = float(y_axis.position(0.0))
     return f'<line class="reference" x1="{x_axis.start:g}" x2="{x_axis.stop:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
-
-
-def _column_steps(loads: Loads, columns: int) -> list[int]:
-    """The step that each column of a picture starts at."""
-    first = np.linspace(0, len(loads.steps), columns + 1).astype(int)[:-1]
-    return [int(step) for step in loads.steps[first]]
-
-
-def _span(steps: Values) -> tuple[float, float]:
-    low, high = float(steps[0]), float(steps[-1])
-    return (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,18 +79,29 @@ def value_range(columns: list[Values], *, include: tuple[float, ...] = ()) -> tu
     return (low if low in include else low - margin), high + margin
 
 
+def extent(values: NDArray[Any]) -> tuple[float, float]:
+    """Return the smallest and the largest value, half a unit further apart on each side if they are equal."""
+    low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def slices(length: int, parts: int) -> list[slice]:
+    """Cut range(length) into at most `parts` slices of about equal length."""
+    edges = np.linspace(0, length, min(parts, length) + 1).astype(int).tolist()
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
 def thinned(x: Values, y: Values, limit: int) -> tuple[Values, Values]:
     """At most about `limit` points that keep each stretch's lowest and highest value, and gaps where all is NaN."""
     if len(x) <= limit:
         return x, y
     kept: list[int] = []
-    edges = np.linspace(0, len(x), max(limit // 2, 1) + 1).astype(int)
-    for start, stop in pairwise(edges):
-        part = y[start:stop]
-        if np.isfinite(part).any():
-            kept += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
+    for part in slices(len(x), max(limit // 2, 1)):
+        values = y[part]
+        if np.isfinite(values).any():
+            kept += sorted({part.start + int(np.nanargmin(values)), part.start + int(np.nanargmax(values))})
         else:
-            kept.append(int(start))
+            kept.append(part.start)
     return x[kept], y[kept]
 
 

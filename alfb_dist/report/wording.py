@@ -1,4 +1,4 @@
-"""Numbers and durations in few characters."""
+"""Numbers, bytes and durations in few characters."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def decimal(value: Any, decimals: int = 3) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     return f"{value:.{decimals}f}"
+
+
+def human(num_bytes: float) -> str:
+    """Return a number of bytes in powers of 1024: 1536 as "1.5 KiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while abs(num_bytes) >= 1024 and power < len(units) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:.{0 if power == 0 else 1}f} {units[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Batches: what a micro-batch holds, and that every sample is held once over all ranks."""
+"""Batches: the contents of a micro-batch, and each sample once over all ranks."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_evaluation_holds_each_sample_once_in_equally_many_micro_batches(
     assert len(labels) == sum(len(d) + 1 for d in documents[:count])
 
 
-def test_rows_that_fill_up_an_evaluation_are_masked_altogether(opened: Opens) -> None:
+def test_rows_that_fill_up_an_evaluation_are_fully_masked(opened: Opens) -> None:
     batches = Batches(opened([[1, 2, 3]] * 3), 4, "packed", pad_id=0)
     first, last = (list(batches.evaluation(3, rank, world=2, micro_batch=2)) for rank in (0, 1))
     assert rows(first) == [[1, 2, 3, 9], [1, 2, 3, 9]]
@@ -120,13 +120,7 @@ def test_rows_that_fill_up_an_evaluation_are_masked_altogether(opened: Opens) ->
     assert rows(last, "attention_mask") == [[1] * 4, [0] * 4]
 
 
-def test_an_epoch_of_steps_holds_every_sample_once(opened: Opens) -> None:
-    batches = Batches(opened([[i] for i in range(8)]), 2, "packed", seed=1)
-    held = [row for step in range(4) for row in rows(batches.step(step, 2, 0, 1, 1))]
-    assert sorted(held) == [[i, END] for i in range(8)]
-
-
-def test_damage_is_named_by_the_step_that_meets_it(opened: Opens) -> None:
+def test_a_step_that_reads_damaged_tokens_names_file_and_byte(opened: Opens) -> None:
     file = opened([[i % 9] for i in range(200)])
     with file.path.open("r+b") as raw:
         raw.seek(64 + 3 * 32)
@@ -136,7 +130,7 @@ def test_damage_is_named_by_the_step_that_meets_it(opened: Opens) -> None:
         batches.step(0, batches.num_samples, 0, 1, 1)
 
 
-def test_too_little_text_is_refused_with_both_numbers(opened: Opens) -> None:
+def test_text_shorter_than_a_sample_is_refused_with_both_numbers(opened: Opens) -> None:
     file = opened([[1, 2], [3]])
     with pytest.raises(ValueError, match=r"5 tokens in 2 documents .* sequence_length \(6\): give more text"):
         Batches(file, 6, "packed")

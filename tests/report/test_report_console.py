@@ -15,7 +15,7 @@ from support.report_runs import evaluation_record, training_record, write_metric
 from alfb_dist.report.console import RunConsole, result_rows
 from alfb_dist.report.figures import key_figures
 from alfb_dist.report.run_data import read_run
-from alfb_dist.report.wording import count, duration
+from alfb_dist.report.wording import count, duration, human
 
 RECORD = training_record(10, np.array([[3, 1]]), np.zeros((1, 2)))
 
@@ -122,6 +122,10 @@ def test_summary_comes_before_records(tmp_path: Path) -> None:
 )
 def test_count_keeps_three_digits(value: float | None, text: str) -> None:
     assert count(value) == text
+
+
+def test_bytes_are_in_powers_of_1024() -> None:
+    assert [human(0), human(1023), human(1536), human(3 * 1024**3)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
 
 
 def test_duration_reads_as_a_clock() -> None:
