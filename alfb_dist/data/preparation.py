@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alfb_dist.config.publish import sync_path, temporary_path
 from alfb_dist.data.sources import Document, find_documents, read_text
 from alfb_dist.data.token_file import BLOCK_BYTES, VERSION, TokenFile
-from alfb_dist.data.token_writer import TokenWriter, sync_folder
+from alfb_dist.data.token_writer import TokenWriter
 from alfb_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 
 _BATCH_BYTES = 4 << 20  # text that is encoded at once
@@ -69,8 +69,8 @@ def prepare(
     key = _key(documents, encoder, f"{VERSION} {validation_fraction!r} {block_bytes} {num_train}")
     folder = Path(cache, key)
     if not folder.is_dir():
-        with _made_aside(folder) as aside:
-            _write(aside, documents, num_train, encoder, validation_fraction, block_bytes, progress)
+        with _publish_first(folder) as temporary:
+            _write(temporary, documents, num_train, encoder, validation_fraction, block_bytes, progress)
     train, validation = folder / "train.tokens", folder / "validation.tokens"
     with TokenFile(train) as file, TokenFile(validation):
         notes = file.index.notes
@@ -111,21 +111,21 @@ def _key(documents: Sequence[Document], encoder: Tokenizer, settings: str) -> st
 
 
 @contextmanager
-def _made_aside(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; then it is `folder`, unless another process was first: then that one's stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    aside.mkdir()
+def _publish_first(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory to fill, and rename it to `directory` unless another process has done so first."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(directory)
+    temporary.mkdir()
     try:
-        yield aside
+        yield temporary
         try:
-            aside.rename(folder)  # refused by the system if a filled folder stands there
+            temporary.rename(directory)  # the system refuses to replace a directory that is not empty
         except OSError:
-            if not folder.is_dir():
+            if not directory.is_dir():
                 raise
-        sync_folder(folder.parent)
+        sync_path(directory.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(

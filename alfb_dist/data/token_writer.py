@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import uuid
 from array import array
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,18 +13,9 @@ import numpy as np
 import xxhash
 from numpy.typing import ArrayLike
 
+from alfb_dist.config.publish import publish
 from alfb_dist.data.entropy import NOTE, entropy_of
 from alfb_dist.data.token_file import BLOCK_BYTES, DTYPES, HEAD_BYTES, TokenIndex, pack_head
-
-
-def sync_folder(folder: Path) -> None:
-    """What has been created or renamed in `folder` outlasts a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
 
 _COUNTED_VOCAB = 1 << 24  # no vocabulary of text is larger; the counts take 8 bytes an id
 
@@ -60,8 +50,9 @@ class TokenWriter:
         self._room = block_bytes  # bytes left in the open block
         self._ends = array("Q")
         self._num_tokens = 0
-        self._aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        self._file = open(self._aside, "xb")  # noqa: SIM115 - closed by __exit__
+        self._open = ExitStack()
+        temporary = self._open.enter_context(publish(self.path, sync_to_disk=True))
+        self._file = self._open.enter_context(open(temporary, "xb"))  # noqa: SIM115 - closed by __exit__
         self._file.write(bytes(HEAD_BYTES))
 
     @property
@@ -89,12 +80,11 @@ class TokenWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            self._file.close()
-            self._aside.unlink(missing_ok=True)
+        if error is not None:
+            self._open.__exit__(kind, error, tb)
+            return
+        with self._open:
+            self._finish()
 
     def _finish(self) -> None:
         self._write(bytes(-self._num_tokens * DTYPES[self._dtype].itemsize % 8))
@@ -116,10 +106,6 @@ class TokenWriter:
         self._file.write(text)
         self._file.seek(0)
         self._file.write(pack_head(index.payload_end, text))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._aside.replace(self.path)
-        sync_folder(self.path.parent)
 
     def _write(self, data: bytes) -> None:
         """`data` is in the payload and in the hash of each block that it falls into."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from alfb_dist.config.publish import publish
 from alfb_dist.report.chart import HALF, Chart, Line, Reference, line_chart
 from alfb_dist.report.facts import flatten, model_facts
 from alfb_dist.report.figures import key_figures
@@ -27,9 +27,8 @@ def write_html(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     target = run.folder / "report.html"
-    aside = target.with_suffix(".html.tmp")
-    aside.write_text(report_page(run), encoding="utf-8")
-    os.replace(aside, target)
+    with publish(target) as temporary:
+        temporary.write_text(report_page(run), encoding="utf-8")
     return target
 
 

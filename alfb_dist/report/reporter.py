@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from alfb_dist.config.publish import publish
 from alfb_dist.report.console import RunConsole, result_rows
 from alfb_dist.report.facts import model_facts
 from alfb_dist.report.figures import key_figures
@@ -113,7 +114,8 @@ class Reporter:
 
     def _keep_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(finite(summary), allow_nan=False, indent=1, default=str)
-        (self._folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        with publish(self._folder / SUMMARY) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     def _show_results(self, summary: dict[str, Any], report: Path | None) -> None:
         figures = key_figures(read_run(self._folder), summary)

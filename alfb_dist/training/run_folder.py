@@ -9,6 +9,7 @@ from typing import Any
 
 from alfb_dist.config import Config
 from alfb_dist.config.provenance import git_commit, versions
+from alfb_dist.config.publish import publish
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
@@ -45,9 +46,8 @@ def describe_run(config: Config, **facts: Any) -> dict[str, Any]:
 
 def write_config(folder: Path, description: dict[str, Any]) -> None:
     """folder/config.json holds the description, whole or not at all."""
-    aside = folder / "config.json.tmp"
-    aside.write_text(json.dumps(description, indent=1) + "\n")
-    aside.replace(folder / "config.json")
+    with publish(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
 
 
 def changed_settings(folder: Path, config: Config) -> list[str]:

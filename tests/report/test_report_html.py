@@ -17,7 +17,6 @@ import pytest
 from support.report_runs import layer_names, make_run, training_record, write_loads, write_metrics
 
 from alfb_dist.report import read_run, write_html
-from alfb_dist.report.facts import model_facts
 from alfb_dist.report.heatmap import binned_ratio, load_ratio, picture, shade
 from alfb_dist.report.svg import Axis, nice_ticks, path, thinned
 
@@ -251,8 +250,3 @@ def test_thinning_keeps_spikes_and_gaps() -> None:
     assert np.nanmax(thin_y) == 99.0
     assert np.isnan(thin_y).any()
     assert path(thin_x, thin_y).count("M") == 2
-
-
-def test_facts_are_found_at_any_depth() -> None:
-    config = {"config": {"model": {"config": {"n_routed_experts": 64}}}, "num_parameters": 1_500_000_000}
-    assert model_facts(config) == [("parameters", "1.50B"), ("routed experts", "64")]
