@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 import xxhash
 
-import alfb_dist
 from alfb_dist.checkpoint import files, manifest, optimizer, tensors
 from alfb_dist.checkpoint.folder import SaveError, prune, publish, start
 from alfb_dist.checkpoint.folder_names import aside, step_folder
 from alfb_dist.checkpoint.gathering import Gatherer, batches, items
 from alfb_dist.checkpoint.safetensors_file import dtype_name
 from alfb_dist.checkpoint.share import Share
+from alfb_dist.config.provenance import versions
 from alfb_dist.distributed.agreement import agreed
 from alfb_dist.distributed.collectives import Group, all_equal, barrier, gather_objects, group_rank, size, world_group
 from alfb_dist.engine.balancer import Balancer
@@ -78,12 +77,6 @@ def between_steps(balancer: Balancer) -> None:
     """Nothing, or ValueError if there are loads that `balancer.step()` has not yet seen."""
     if any(gate.pending_load_E is not None for gate in balancer.gates):
         raise ValueError("save and load between optimizer steps, after balancer.step(), which has not seen all loads")
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that a save depends on."""
-    names = ("torch", "deepspeed", "transformers")
-    return {"alfb_dist": alfb_dist.__version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _body(engine: Any, step: int, state: dict[str, Any], shares: list[Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from alfb_dist.checkpoint import files, manifest
 from alfb_dist.checkpoint.folder import publish, start, step_folder
 from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name
-from alfb_dist.checkpoint.saving import COUNTERS, versions
+from alfb_dist.checkpoint.saving import COUNTERS
 from alfb_dist.checkpoint.share import Share
+from alfb_dist.config.provenance import versions
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.moe.families.blocks import moe_blocks, num_choices
 from alfb_dist.pretrained.fp8 import QUANTIZED
