@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 _PACKAGES = ("alfb_dist", "torch", "deepspeed", "transformers", "numpy", "safetensors", "wandb")
+_SOURCES = (".py", ".c", ".h")
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +42,7 @@ def facts() -> dict[str, str]:
     """What decides what a rank computes, besides the configuration: versions, and the sources of this package."""
     digest = xxhash.xxh3_128()
     package = Path(__file__).parents[1]
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".c")):
+    for path in sorted(p for p in package.rglob("*") if p.suffix in _SOURCES):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return {**versions(), "the files of alfb_dist": digest.hexdigest()[:12]}
 
