@@ -31,13 +31,13 @@ TELLING_SECONDS = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
+    """Run the command; its exit code. What a user can fix is told once, by rank 0, and exits with 78."""
     arguments = _parser().parse_args(argv)
-    # In a training run only a bad configuration is the user's to mend; anything else deserves its traceback.
-    mendable = (ConfigError,) if arguments.command in ("train", "launch") else (ValueError, OSError)
+    # In a training run only a bad configuration is the user's to fix; anything else deserves its traceback.
+    fixable = (ConfigError,) if arguments.command in ("train", "launch") else (ValueError, OSError)
     try:
         return int(arguments.run(arguments))
-    except mendable as error:
+    except fixable as error:
         if launched_world()[0] == 0:
             print(f"alfb: {error}", file=sys.stderr)
         else:

@@ -47,7 +47,7 @@ def facts() -> dict[str, str]:
     return {**versions(), "the files of alfb_dist": digest.hexdigest()[:12]}
 
 
-def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: str) -> list[str]:
+def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], fix: str) -> list[str]:
     """One line for each fact that is not the same everywhere, with who has which value, and what to do.
 
     facts_by_place: (place, facts) for each rank or host, in order; a place may come several times.
@@ -59,5 +59,5 @@ def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: s
             holders.setdefault(repr(known[name]) if name in known else "missing", []).append(place)
         if len(holders) > 1:
             told = (f"{value} on {', '.join(dict.fromkeys(places))}" for value, places in holders.items())
-            found.append(f"{name} is {', but '.join(told)}; {mend}")
+            found.append(f"{name} is {', but '.join(told)}; {fix}")
     return found

@@ -130,7 +130,7 @@ def fails(case: Case) -> Iterator[Result]:
 
 
 def works(case: Case) -> Iterator[Result]:
-    yield problem("last", "", "mend")
+    yield problem("last", "", "fix")
 
 
 def test_a_check_that_hangs_or_fails_is_a_problem_and_the_others_go_on() -> None:

@@ -81,7 +81,7 @@ def test_missing_compiler_and_switch_are_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     (none,) = kernels.check_kernels(Case())
-    assert "ALFB_NATIVE" in off.mend and "no C compiler" in none.found
+    assert "ALFB_NATIVE" in off.fix and "no C compiler" in none.found
 
 
 def rank(program: str) -> list[str]:

@@ -25,7 +25,7 @@ def add(commands: Subcommands) -> None:
     """The command and its options."""
     doctor = commands.add_parser(
         "doctor",
-        help="check machine, hosts and configuration, with the mend for what is not well",
+        help="check machine, hosts and configuration, with the fix for what is not well",
         description="Check this machine, and the hosts and the configuration of a run if they are given. Exit code 0: "
         "no problem, though perhaps warnings; 1: a problem that would stop a run or make it silently wrong.",
     )
@@ -80,14 +80,14 @@ def _print_table(results: Iterable[Result]) -> list[Result]:
     if not console.is_terminal:
         console = Console(width=120)
     found = []
-    table = Table("check", "verdict", "found, and the mend", box=None, padding=(0, 2, 0, 0))
+    table = Table("check", "verdict", "found, and the fix", box=None, padding=(0, 2, 0, 0))
     with console.status("") as status:
         for result in results:
             found.append(result)
             status.update(result.check)
             text = Text(result.found)
-            if result.mend:
-                text.append(f"\n-> {result.mend}", style="bold")
+            if result.fix:
+                text.append(f"\n-> {result.fix}", style="bold")
             table.add_row(result.check, Text(result.verdict, style=_STYLES[result.verdict]), text)
     console.print(table)
     counts = {verdict: sum(result.verdict == verdict for result in found) for verdict in ("problem", "warning")}

@@ -41,8 +41,8 @@ def judge_accelerator(device: Device) -> Result:
         return warning(check, found, "install torch's build for CUDA, or set DS_ACCELERATOR=cpu if CPU is meant")
     if driver and wanted != "cpu":
         found = f"torch, built for CUDA {built_for}, cannot use NVIDIA driver {driver}"
-        mend = f"install a driver for CUDA {built_for}, or a build of torch for the driver's; see CUDA_VISIBLE_DEVICES"
-        return problem(check, found, mend)
+        fix = f"install a driver for CUDA {built_for}, or a build of torch for the driver's; see CUDA_VISIBLE_DEVICES"
+        return problem(check, found, fix)
     if wanted == "cuda":
         return problem(check, "DS_ACCELERATOR=cuda, but there is no NVIDIA driver", "install it, or DS_ACCELERATOR=cpu")
     if built_for and wanted is None:

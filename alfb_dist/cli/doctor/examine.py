@@ -1,4 +1,4 @@
-"""`alfb doctor`: whether this machine, the hosts and the configuration are fit for a run, and the mend where not.
+"""`alfb doctor`: whether this machine, the hosts and the configuration are fit for a run, and the fix where not.
 
 A check yields results from facts that it gathers; the verdict on the facts is a pure function beside it.
 """
@@ -60,7 +60,7 @@ def _within(check: Check, case: Case, limit: float) -> list[Result]:
                 found.append(result)
         except Exception as error:
             text = f"the check failed: {type(error).__name__}: {error}"
-            found.append(problem(name, text, "mend what the message names, or report it"))
+            found.append(problem(name, text, "fix what the message names, or report it"))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

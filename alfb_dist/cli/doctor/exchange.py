@@ -25,8 +25,8 @@ def judge_exchange(backend: str, measured: dict[str, Any] | str) -> Result:
     """measured: what the two processes measured, or why they did not."""
     check = f"exchange over {backend}"
     if isinstance(measured, str):
-        mend = "see the interface above; a firewall on loopback, GLOO_SOCKET_IFNAME or NCCL_DEBUG=INFO may tell more"
-        return problem(check, measured, mend)
+        fix = "see the interface above; a firewall on loopback, GLOO_SOCKET_IFNAME or NCCL_DEBUG=INFO may tell more"
+        return problem(check, measured, fix)
     speed, latency = human(measured["bytes_per_second"]), measured["latency_seconds"] * 1e6
     found = f"2 processes: {speed}/s each way, {latency:.0f} us for one row"
     if not measured["exact"]:

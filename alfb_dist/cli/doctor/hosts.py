@@ -33,8 +33,8 @@ def judge_answer(answer: Answer, ours: Mapping[str, Any]) -> Iterator[Result]:
     """The verdicts on one host. ours: the facts of this one."""
     check = f"host {answer.host}"
     if answer.known is None:
-        mend = f"let `ssh -o BatchMode=yes {answer.host} true` succeed (sshd, name, key, known_hosts), and {SAME}"
-        yield problem(check, answer.error, mend)
+        fix = f"let `ssh -o BatchMode=yes {answer.host} true` succeed (sshd, name, key, known_hosts), and {SAME}"
+        yield problem(check, answer.error, fix)
         return
     if different := differences([("this host", ours), (answer.host, answer.known)], SAME):
         yield problem(check, "; ".join(line.removesuffix(f"; {SAME}") for line in different), SAME)

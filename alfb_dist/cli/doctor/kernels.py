@@ -24,8 +24,8 @@ def judge_kernels(*, cuda: bool, off: bool, compiler: str | None, loaded: bool, 
             check, "no C compiler; plain torch gives the same, slower", "apt-get install gcc libc6-dev, or leave it so"
         )
     if not loaded:
-        mend = "see why with logging at INFO; make ~/.cache writable, install libc6-dev, or set ALFB_NATIVE=0"
-        return warning(check, f"{compiler} does not make them; plain torch gives the same, slower", mend)
+        fix = "see why with logging at INFO; make ~/.cache writable, install libc6-dev, or set ALFB_NATIVE=0"
+        return warning(check, f"{compiler} does not make them; plain torch gives the same, slower", fix)
     if difference is None or not difference <= TOLERANCE:
         found = f"{compiler} makes kernels that are off by {difference} of the largest value"
         return problem(check, found, "set ALFB_NATIVE=0, and report the compiler's version")

@@ -44,14 +44,14 @@ def judge_mpi(path: str | None, has_mpi4py: bool, output: str | None) -> Result:
     if not has_mpi4py:
         return warning(check, f"{path}, but mpi4py is not installed", install)
     if output is None:
-        return warning(check, f"{path} did not end within {MPI_SECONDS} s", "use another launcher, or mend MPI")
+        return warning(check, f"{path} did not end within {MPI_SECONDS} s", "use another launcher, or fix MPI")
     sizes = [line for line in output.splitlines() if line.startswith("of ")]
     if sizes == ["of 2", "of 2"]:
         return ok(check, f"{path}; two processes met through mpi4py")
     if sizes == ["of 1", "of 1"]:
         return warning(check, f"{path} is of another MPI than mpi4py: each process is alone", install)
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "nothing was printed")
-    return warning(check, f"{path} fails: {last.strip()[:120]}", "use another launcher, or mend MPI")
+    return warning(check, f"{path} fails: {last.strip()[:120]}", "use another launcher, or fix MPI")
 
 
 def _try_mpi(path: str) -> str | None:

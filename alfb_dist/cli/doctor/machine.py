@@ -29,8 +29,8 @@ def judge_shm(total: int | None) -> Result:
     if total is None:
         return warning("shared memory", "there is no /dev/shm", "mount a tmpfs there: NCCL and MPI use it")
     if total < LEAST_SHM:
-        mend = "docker run --shm-size=2g, shm_size in compose, or a larger tmpfs: NCCL and MPI use it"
-        return warning("shared memory", f"/dev/shm has {human(total)}", mend)
+        fix = "docker run --shm-size=2g, shm_size in compose, or a larger tmpfs: NCCL and MPI use it"
+        return warning("shared memory", f"/dev/shm has {human(total)}", fix)
     return ok("shared memory", f"/dev/shm has {human(total)}")
 
 
@@ -46,11 +46,11 @@ def judge_memory(available: int, needed: int | None, whose: str = "this machine'
     if needed is None:
         return ok("memory", f"{human(available)} available")
     found = f"{human(needed)} for weights, gradients and optimizer of {whose}; {human(available)} available"
-    mend = "more ranks, a larger parallel.ep_degree, or ZeRO stage 1 or 2"
+    fix = "more ranks, a larger parallel.ep_degree, or ZeRO stage 1 or 2"
     if needed > available:
-        return problem("memory", found, mend)
+        return problem("memory", found, fix)
     if needed > 0.8 * available:
-        return warning("memory", f"{found}; activations come on top", mend)
+        return warning("memory", f"{found}; activations come on top", fix)
     return ok("memory", found)
 
 

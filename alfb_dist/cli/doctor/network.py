@@ -20,8 +20,8 @@ def judge_port(port: int, error: str) -> Result:
     """Whether the launchers' usual port can be had. error: why not."""
     if not error:
         return ok("master port", f"{port} is free")
-    mend = "give another: --master-port, or end what listens there (ss -ltnp)"
-    return warning("master port", f"{port} cannot be had: {error}", mend)
+    fix = "give another: --master-port, or end what listens there (ss -ltnp)"
+    return warning("master port", f"{port} cannot be had: {error}", fix)
 
 
 def judge_interface(master: str, own: str, name: str | None, several: bool) -> Result:
@@ -29,7 +29,7 @@ def judge_interface(master: str, own: str, name: str | None, several: bool) -> R
     check = "interface"
     if several and own.startswith("127."):
         found = f"{master} is {own} here, which other hosts cannot reach"
-        return problem(check, found, "give its address in the network: --master-addr, or mend /etc/hosts")
+        return problem(check, found, "give its address in the network: --master-addr, or fix /etc/hosts")
     if name is None:
         return problem(check, f"no interface leads to {master}", f"see `ip route get {master}`")
     return ok(check, f"{name}, {own}, toward {master}")

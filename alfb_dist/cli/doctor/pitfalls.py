@@ -30,10 +30,10 @@ def judge_rate(rule: str, rate: float, score: str | None, num_experts: int) -> R
     found = f"{rate:g} for softmax scores over {num_experts} experts, which average {1 / num_experts:.2g}"
     if rate <= 10 * fitting:
         return ok(check, found)
-    mend = (
+    fix = (
         f'balance.rate = {fitting:.1g}, as far from the mean score as 1e-3 from a sigmoid\'s; or rule = "proportional"'
     )
-    return warning(check, f"{found}; 1e-3 is tuned for sigmoid scores, which average 0.5", mend)
+    return warning(check, f"{found}; 1e-3 is tuned for sigmoid scores, which average 0.5", fix)
 
 
 def judge_annealing(rate: float, zero_at: int | None, steps: int) -> Result:
@@ -45,8 +45,8 @@ def judge_annealing(rate: float, zero_at: int | None, steps: int) -> Result:
         found = f"{zero_at} is not reached in {steps} steps"
         return warning(check, found, f"balance.zero_at_step = {steps - steps // 20}, or leave it out")
     if zero_at is None and steps >= LONG_RUN:
-        mend = f"balance.zero_at_step = {steps - steps // 20}: the model ends with biases that it was trained with"
-        return warning(check, f"the rate stays {rate:g} to the last of {steps} steps", mend)
+        fix = f"balance.zero_at_step = {steps - steps // 20}: the model ends with biases that it was trained with"
+        return warning(check, f"the rate stays {rate:g} to the last of {steps} steps", fix)
     return ok(check, "short run" if zero_at is None else f"rate 0 from step {zero_at} of {steps}")
 
 
@@ -55,8 +55,8 @@ def judge_mode(path: str, mode: str | tuple[str, ...], rate: float) -> Result:
     check, modes = "config: balance.mode", {mode} if isinstance(mode, str) else set(mode)
     told = mode if isinstance(mode, str) else "by layer: " + ", ".join(mode)
     if path and mode == "auto":
-        mend = 'balance.mode = "train" or "recentre" to keep balancing, "freeze" if that is meant'
-        return warning(check, "auto, with a released model: its biases stay as released", mend)
+        fix = 'balance.mode = "train" or "recentre" to keep balancing, "freeze" if that is meant'
+        return warning(check, "auto, with a released model: its biases stay as released", fix)
     if modes == {"freeze"} and not path:
         return warning(check, f"{told}, with a new model: its biases stay 0", 'balance.mode = "train"')
     if path and modes & {"train", "recentre"} and rate > 0:
@@ -86,8 +86,8 @@ def judge_accumulation(managed: bool, stage: int, micro_batches: int) -> Result:
         return problem(check, found, "remove it: train.global_batch and train.micro_batch decide")
     if stage == 2 and micro_batches > 1:
         found = f"ZeRO-2 averages gradients after each of {micro_batches} micro-batches, stage 1 once"
-        mend = "zero_optimization.stage = 1 if memory allows; in a script of your own, no engine.no_sync() with stage 2"
-        return warning(check, found, mend)
+        fix = "zero_optimization.stage = 1 if memory allows; in a script of your own, no engine.no_sync() with stage 2"
+        return warning(check, found, fix)
     return ok(check, f"{micro_batches} micro-batches a step, ZeRO-{stage}")
 
 
@@ -101,15 +101,15 @@ def judge_layout(layout: str) -> Result:
 def judge_checkpoints(interval: int, steps: int, step_seconds: float | None) -> Result:
     """What a crash would cost. step_seconds: of an earlier run, None without one."""
     check, lost = "config: train.checkpoint_interval", interval if 0 < interval < steps else steps
-    mend = "a smaller train.checkpoint_interval: at most so many steps are lost"
+    fix = "a smaller train.checkpoint_interval: at most so many steps are lost"
     if step_seconds is None:
         if lost == steps and steps > 100:
-            return warning(check, f"only the end of {steps} steps is saved: a crash costs the whole run", mend)
+            return warning(check, f"only the end of {steps} steps is saved: a crash costs the whole run", fix)
         return ok(check, f"a crash costs at most {lost} steps")
     found = (
         f"a crash costs up to {lost * step_seconds / 60:.0f} min: {lost} steps of {step_seconds:.2g} s, as last seen"
     )
-    return warning(check, found, mend) if lost * step_seconds > LONGEST_LOSS_SECONDS else ok(check, found)
+    return warning(check, found, fix) if lost * step_seconds > LONGEST_LOSS_SECONDS else ok(check, found)
 
 
 def judge_groups(ep_degree: int, hosts: dict[str, int]) -> Result:
@@ -131,8 +131,8 @@ def judge_bias_types(types: dict[str, str]) -> Result:
         return not_applicable(check, "no released model with biases")
     if narrow:
         found = f"{len(narrow)} of {len(types)} are stored as {types[narrow[0]]}: rounded before they came here"
-        mend = 'use a release with float32 biases, or balance.mode = "train" to let them settle again'
-        return warning(check, found, mend)
+        fix = 'use a release with float32 biases, or balance.mode = "train" to let them settle again'
+        return warning(check, found, fix)
     return ok(check, f"{len(types)}, in float32")
 
 

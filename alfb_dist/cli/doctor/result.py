@@ -1,4 +1,4 @@
-"""What a check found, with its verdict and, where all is not well, the mend."""
+"""What a check found, with its verdict and, where all is not well, the fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Result:
     check: str
     verdict: Verdict
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def ok(check: str, found: str) -> Result:
@@ -26,14 +26,14 @@ def ok(check: str, found: str) -> Result:
     return Result(check, "ok", found)
 
 
-def warning(check: str, found: str, mend: str) -> Result:
+def warning(check: str, found: str, fix: str) -> Result:
     """A run would do with this, but could do better."""
-    return Result(check, "warning", found, mend)
+    return Result(check, "warning", found, fix)
 
 
-def problem(check: str, found: str, mend: str) -> Result:
+def problem(check: str, found: str, fix: str) -> Result:
     """A run would fail, or go wrong."""
-    return Result(check, "problem", found, mend)
+    return Result(check, "problem", found, fix)
 
 
 def not_applicable(check: str, found: str) -> Result:

@@ -13,8 +13,8 @@ def judge_wandb(wanted: str, mode: str, account: bool) -> Result:
     if mode == "disabled":
         return not_applicable("wandb", "disabled")
     if mode == "online" and not account:
-        mend = 'wandb login, or report.wandb = "offline"; metrics.jsonl has everything in any case'
-        return warning("wandb", "online, but no account is configured: runs would be recorded offline", mend)
+        fix = 'wandb login, or report.wandb = "offline"; metrics.jsonl has everything in any case'
+        return warning("wandb", "online, but no account is configured: runs would be recorded offline", fix)
     if mode == "online":
         return ok("wandb", "online, an account is configured")
     reason = "" if account or wanted == "offline" else ", as no account is configured"
