@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alfb_dist.cli import bench, checkpoint, data, doctor, launch, report, train
-from alfb_dist.cli.parser import launched_world
 from alfb_dist.config import ConfigError
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, FAILED
+from alfb_dist.distributed.rendezvous import launched_world
 
 COMMANDS = (train, launch, report, data, checkpoint, doctor, bench)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from alfb_dist.bench.sizes import AXES, DTYPES, ROUTINGS, Case, scaled
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.config import load_config
 from alfb_dist.distributed.launch.signals import DONE
 
@@ -15,7 +14,7 @@ SIZES = ("tokens", "hidden", "inter", "experts", "topk", "ranks")
 _HELP = {"tokens": "tokens of each rank", "inter": "width of an expert", "topk": "experts of a token"}
 
 
-def add(commands: Subcommands) -> None:
+def add(commands: Any) -> None:
     """The command and its options."""
     bench = commands.add_parser("bench", help="time an MoE block beside transformers' own, in turn in one run")
     bench.add_argument("config", nargs="?", type=Path, help="a TOML file whose sizes are meant; options go before it")

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.distributed.launch.signals import DONE
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ CHECKPOINT = "such as runs/demo/checkpoints/step-00000200"
 EITHER = "a checkpoint, such as runs/demo/checkpoints/step-00000200, or a transformers folder"
 
 
-def add(commands: Subcommands) -> None:
+def add(commands: Any) -> None:
     """The command and its options."""
     actions = commands.add_parser("checkpoint", help="look into checkpoints, check and convert them").add_subparsers(
         required=True, metavar="ACTION"
@@ -42,7 +41,7 @@ def add(commands: Subcommands) -> None:
     _add_conversions(actions)
 
 
-def _add_conversions(actions: Subcommands) -> None:
+def _add_conversions(actions: Any) -> None:
     export = actions.add_parser("to-hf", help="write a checkpoint as a folder that transformers loads; one process")
     export.add_argument("path", type=Path, metavar="CHECKPOINT", help=CHECKPOINT)
     export.add_argument("out", type=Path, metavar="OUT", help="a new folder")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.distributed.launch.signals import DONE
 
 
-def add(commands: Subcommands) -> None:
+def add(commands: Any) -> None:
     """The command and its options."""
     data = commands.add_parser("data", help="prepare token files").add_subparsers(required=True, metavar="ACTION")
     prepare = data.add_parser("prepare", help="turn text into token files")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from typing import Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.cli.train import add_settings, read_config, settings_of
 from alfb_dist.distributed.launch.commands import command
 from alfb_dist.distributed.launch.environment import environment_with_exports
@@ -16,7 +16,7 @@ from alfb_dist.distributed.launch.signals import DONE
 from alfb_dist.distributed.placement import check_placement
 
 
-def add(commands: Subcommands) -> None:
+def add(commands: Any) -> None:
     """The command and its options."""
     launch = commands.add_parser("launch", help="start a training run on one host or many, and watch over it")
     add_settings(launch)

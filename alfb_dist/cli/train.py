@@ -10,14 +10,13 @@ from typing import Any
 
 import psutil
 
-from alfb_dist.cli.parser import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
 from alfb_dist.distributed.launch.control_channel import Lifeline
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
-from alfb_dist.distributed.rendezvous import launchers, watch
+from alfb_dist.distributed.rendezvous import launched_world, launchers, watch
 
 
-def add(commands: Subcommands) -> None:
+def add(commands: Any) -> None:
     """The command and its options."""
     train = commands.add_parser("train", help="train a model; under a launcher, one process a rank")
     add_settings(train)

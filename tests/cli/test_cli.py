@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alfb_dist.cli import main
-from alfb_dist.cli.parser import launched_world
+from alfb_dist.distributed.rendezvous import launched_world
 
 ROOT = Path(__file__).parents[2]
 TEST_CONFIG = str(ROOT / "configs" / "test.toml")

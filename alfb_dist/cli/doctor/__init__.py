@@ -7,9 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.config import ConfigError, load_config
 from alfb_dist.distributed.launch.hostfile import read_hostfile
 from alfb_dist.distributed.launch.signals import DONE
@@ -21,7 +20,7 @@ FOUND_PROBLEMS = 1
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "not applicable": "dim"}
 
 
-def add(commands: Subcommands) -> None:
+def add(commands: Any) -> None:
     """The command and its options."""
     doctor = commands.add_parser(
         "doctor",
