@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 from alfb_dist.config.deepspeed_json import SECTION, Merge, read_deepspeed_json
 from alfb_dist.config.keys import family_keys
 from alfb_dist.config.rules import Settings, problems, unknown_key
-from alfb_dist.config.tables import RULES, TABLES, BalanceConfig, Config, ParallelConfig, Table, refuse
-from alfb_dist.config.text import apply_overrides, nearest, read_toml, shown, to_value
+from alfb_dist.config.tables import RULES, TABLES, BalanceConfig, Config, ParallelConfig, Table
+from alfb_dist.config.text import apply_overrides, nearest, read_toml, refuse, shown, to_value
 
 
 def load_config(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,9 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from alfb_dist.config.model_rules import MODEL_RULES
 from alfb_dist.config.rules import TABLE_RULES, Settings, problems
-from alfb_dist.config.text import ConfigError, to_toml, to_value
-
-__all__ = ["Config", "ConfigError", "config_to_toml", "describe_fields"]
+from alfb_dist.config.text import refuse, to_toml, to_value
 
 RULES = (*MODEL_RULES, *TABLE_RULES)
 
@@ -216,8 +213,7 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Config:
-        if found := problems(Settings(self.model_dump()), RULES):
-            raise ConfigError(*found)
+        refuse(problems(Settings(self.model_dump()), RULES))
         return self
 
     def gradient_accumulation(self, world_size: int) -> int:
@@ -266,8 +262,3 @@ def _bounds(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >=", "max_length": "length <="}
     bounds = [(signs[name], getattr(rule, name)) for rule in field.metadata for name in signs if hasattr(rule, name)]
     return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
-
-
-def refuse(found: Sequence[str]) -> None:
-    if found:
-        raise ConfigError(*found)

@@ -28,6 +28,12 @@ class ConfigError(ValueError):
         return "\n".join(self.problems)
 
 
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ConfigError with these lines, if there are any."""
+    if problems:
+        raise ConfigError(*problems)
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the one of `names` that `name` most likely meant, or None."""
     matches = difflib.get_close_matches(name, list(names), n=1)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from alfb_dist.cli import main
-from alfb_dist.cli.doctor.examine import Case, Result
+from alfb_dist.cli.doctor.case import Case
+from alfb_dist.cli.doctor.result import Result
 
 TEST_CONFIG = str(Path(__file__).parents[2] / "configs" / "test.toml")
 BIN = Path(sys.executable).parent

@@ -14,7 +14,8 @@ from alfb_dist.distributed.launch.hostfile import read_hostfile
 from alfb_dist.distributed.launch.signals import DONE
 
 if TYPE_CHECKING:
-    from alfb_dist.cli.doctor.examine import Case, Result
+    from alfb_dist.cli.doctor.case import Case
+    from alfb_dist.cli.doctor.result import Result
 
 FOUND_PROBLEMS = 1
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "not applicable": "dim"}
@@ -46,7 +47,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _case(arguments: argparse.Namespace) -> Case:
-    from alfb_dist.cli.doctor.examine import Case
+    from alfb_dist.cli.doctor.case import Case
 
     hosts: dict[str, int] = {}
     refused: tuple[str, ...] = ()

@@ -21,8 +21,6 @@ from alfb_dist.cli.doctor.pitfalls import check_configuration
 from alfb_dist.cli.doctor.result import Result, problem
 from alfb_dist.cli.doctor.tracking import check_wandb
 
-__all__ = ["CHECKS", "Case", "Result", "examine"]
-
 Check = Callable[[Case], Iterator[Result]]
 
 CHECKS: tuple[Check, ...] = (
