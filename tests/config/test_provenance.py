@@ -33,7 +33,7 @@ def test_hash_changes_with_the_content_and_the_name_of_a_file(copied_package: Pa
     found.append(facts())
     file.rename(file.with_stem("renamed"))
     found.append(facts())
-    assert len({known.pop("the files of alfb_dist") for known in found}) == 4
+    assert len({known.pop("hash of alfb_dist's files") for known in found}) == 4
     assert all(known == found[0] for known in found)
 
 
