@@ -24,7 +24,7 @@ _SIZES = {
     "gradient_clipping": "optimizer.clip",
 }
 _ADAMW = {name: f"optimizer.{name}" for name in ("lr", "betas", "eps", "weight_decay")}
-_ADAMW_KINDS = ("torch_adam", "adam_w_mode", "fused", "foreach")  # accepted and ignored: torch's fused AdamW is used
+_ADAMW_KINDS = ("torch_adam", "adam_w_mode", "fused", "foreach")  # accepted: it is always torch's fused AdamW
 _SCHEDULES = {"WarmupLR": "constant", "WarmupCosineLR": "cosine"}
 _SCHEDULE = {
     "warmup_num_steps": "optimizer.warmup_steps",

@@ -22,7 +22,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "not appli
 
 
 def add(commands: Any) -> None:
-    """The command and its options."""
+    """Add `alfb doctor` to the commands."""
     doctor = commands.add_parser(
         "doctor",
         help="check machine, hosts and configuration, with the fix for what is not well",
