@@ -1,4 +1,4 @@
-"""`alfb doctor` as it is called: on a machine where all is well, and on one where much is wrong."""
+"""The command `alfb doctor`, on a healthy machine and on one with many problems."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_hostfile_gives_hosts_and_ranks(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert main(["doctor", "--hostfile", str(file)]) == 0
     assert (cases[0].hosts, cases[0].world_size, cases[0].local_ranks) == ({"a": 2, "b": 4}, 6, 4)
     main(["doctor", TEST_CONFIG, "--hostfile", str(file)])
-    assert "the number of ranks (6)" in " ".join(cases[1].refused)
+    assert "the number of ranks (6)" in " ".join(cases[1].config_problems)
     file.write_text("a slots\n")
     main(["doctor", "--hostfile", str(file)])
-    assert not cases[2].hosts and cases[2].bad_hostfile
+    assert not cases[2].hosts and cases[2].hostfile_error
