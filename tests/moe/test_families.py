@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from alfb_dist import Balancer, parallelize, update_bias
+from alfb_dist import Balancer, parallelize
 from alfb_dist.moe.families.blocks import ADDED_BIAS, moe_blocks
 from alfb_dist.moe.families.experts import family_mlp
 from alfb_dist.moe.gate import BalancedGate
@@ -69,23 +69,6 @@ def test_logits_loss_and_every_gradient_equal_the_family_s(family: str, shift: f
         else:
             assert not theirs[len(p) :].any(), name  # rows of LongCat's experts without weights, which are not kept
             torch.testing.assert_close(p.grad, theirs[: len(p)], rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_load_is_counted_and_the_bias_moves_by_the_rule(family: str) -> None:
-    plain, ours = pair(family)
-    balancer = Balancer(ours, rate=RATE)
-    before_LE = balancer.bias_LE
-    ours(**batch(2)).loss.backward()
-    balancer.step()
-    load_LE = expected_load(plain, batch(2))
-    top_k = next(
-        top_k for name in ("top_k_experts", "num_experts_per_tok") if (top_k := getattr(plain.config, name, 0))
-    )
-    assert torch.equal(balancer.load_LE, load_LE)
-    assert balancer.load_LE.sum(1).tolist() == [batch(2)["input_ids"].numel() * top_k] * len(load_LE)
-    assert torch.equal(balancer.bias_LE, update_bias(before_LE, load_LE, rate=RATE))
-    assert not torch.equal(balancer.bias_LE, before_LE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,9 +131,8 @@ def test_a_token_may_go_to_one_expert_whose_weight_is_1(family: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["afmoe", "ernie4_5_moe", "inkling_text", "longcat_flash", "mixtral", "nemotron_h"])
-def test_recompute_leaves_the_load_unchanged(family: str, reentrant: bool) -> None:
-    plain, ours = pair(family)
+def test_recompute_leaves_the_load_of_a_gate_with_the_bias_in_its_block_unchanged(reentrant: bool) -> None:
+    plain, ours = pair("afmoe")
     balancer = Balancer(ours, rate=RATE)
     ours.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:

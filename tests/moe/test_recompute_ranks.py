@@ -21,7 +21,8 @@ from alfb_dist.moe.gate import BalancedGate
 from alfb_dist.moe.recompute import Recording, ReplayedCheckpoint, ReplayedTopK
 
 MODES = {"non-reentrant": False, "reentrant": True}
-FAMILIES = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "nemotron_h"]
+FAMILIES = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "inkling_text", "llama4_text", "longcat_flash", "mixtral"]
+FAMILIES += ["nemotron_h"]
 """Routing of ours, of the family's own, and of the family's own with a bias in its top-k; all kinds of experts."""
 
 

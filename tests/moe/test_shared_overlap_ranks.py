@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,12 +132,6 @@ def run_order() -> list[str]:
     return order_of(model, tiny_batch(dist.get_rank(), 2, 5))
 
 
-def test_they_run_between_sending_and_receiving_in_both_directions(tmp_path: Path) -> None:
-    forward = ["send", "shared", "receive"]
-    backward = ["receive backward", "shared backward", "send backward"]
-    assert run_ranks(2, run_order, folder=tmp_path) == [forward + backward] * 2
-
-
 def fail_once() -> bool:
     """An error of the shared experts, caught by the caller, does not leave the ranks in the middle of an exchange."""
     model = parallelize(tiny_model(3), ep_degree=2).eval()
@@ -152,10 +145,6 @@ def fail_once() -> bool:
     return torch.equal(model(**batch).logits, expected)
 
 
-def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(tmp_path: Path) -> None:
-    assert run_ranks(2, fail_once, folder=tmp_path) == [True, True]
-
-
 def infer() -> bool:
     """Inference mode, in which tensors do not tell of changes, gives what no_grad gives."""
     model = parallelize(tiny_model(3), ep_degree=2).eval()
@@ -164,10 +153,6 @@ def infer() -> bool:
         expected = model(**batch).logits
     with torch.inference_mode():
         return torch.equal(model(**batch).logits, expected)
-
-
-def test_inference_mode_works(tmp_path: Path) -> None:
-    assert run_ranks(2, infer, folder=tmp_path) == [True, True]
 
 
 def dispatches_alive() -> tuple[int, int]:
@@ -186,10 +171,6 @@ def dispatches_alive() -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def test_nothing_of_a_dispatch_outlives_its_graph(tmp_path: Path) -> None:
-    assert run_ranks(2, dispatches_alive, folder=tmp_path) == [(0, 0), (0, 0)]
-
-
 def start_twice() -> str:
     exchange, rows = Exchange(dist.group.WORLD), torch.ones(2, 3)
     exchange.start([(rows, None)], [1, 1])
@@ -198,6 +179,35 @@ def start_twice() -> str:
     return str(error.value)
 
 
-def test_a_second_start_is_refused(tmp_path: Path) -> None:
-    told = run_ranks(2, start_twice, folder=tmp_path)
-    assert told == ["an exchange was started before the one before it was finished"] * 2
+def on_two_ranks() -> dict[str, Any]:
+    """The first looks at all of the process's memory, the last two leave something behind."""
+    return {run.__name__: run() for run in (dispatches_alive, infer, fail_once, run_order, start_twice)}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank, the result of each run by its name."""
+    return run_ranks(2, on_two_ranks, folder=tmp_path_factory.mktemp("ranks"))
+
+
+def test_they_run_between_sending_and_receiving_in_both_directions(seen: list[dict[str, Any]]) -> None:
+    forward = ["send", "shared", "receive"]
+    backward = ["receive backward", "shared backward", "send backward"]
+    assert [rank["run_order"] for rank in seen] == [forward + backward] * 2
+
+
+def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(seen: list[dict[str, Any]]) -> None:
+    assert [rank["fail_once"] for rank in seen] == [True, True]
+
+
+def test_inference_mode_works(seen: list[dict[str, Any]]) -> None:
+    assert [rank["infer"] for rank in seen] == [True, True]
+
+
+def test_nothing_of_a_dispatch_outlives_its_graph(seen: list[dict[str, Any]]) -> None:
+    assert [rank["dispatches_alive"] for rank in seen] == [(0, 0), (0, 0)]
+
+
+def test_a_second_start_is_refused(seen: list[dict[str, Any]]) -> None:
+    refusals = [rank["start_twice"] for rank in seen]
+    assert refusals == ["an exchange was started before the one before it was finished"] * 2
