@@ -19,9 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alfb_dist.cpu import mailbox, shared_memory
-from alfb_dist.cpu.mailbox import Mailbox
-from alfb_dist.cpu.shared_memory import Outbox, Outboxes, Peer
+from alfb_dist import cpu
 from alfb_dist.distributed.collectives import (
     all_gather_numbers,
     check_notes,
@@ -59,42 +57,42 @@ class Layout:
 class _Neighbors:
     """How messages and notes go in a group of ranks."""
 
-    peers: list[Peer | None]  # by rank: whose memory this rank reads, and who reads its
+    peers: list[cpu.Peer | None]  # by rank: whose memory this rank reads, and who reads its
     all_pairs: bool  # every rank reads every other's
     any_pair: bool
-    mailbox: Mailbox | None
+    mailbox: cpu.Mailbox | None
 
 
 def _meet(group: ProcessGroup, device: torch.device) -> _Neighbors:
     """Whether a rank can read another's memory is tried, not assumed; collective."""
     rank, trial, board, card = group.rank(), None, None, [0] * 6
-    if device.type == "cpu" and shared_memory.available():
-        trial, secret = Outbox(8), int.from_bytes(os.urandom(7), "little")
+    if device.type == "cpu" and cpu.has_shared_memory():
+        trial, secret = cpu.Outbox(8), int.from_bytes(os.urandom(7), "little")
         trial.bytes[:8] = torch.tensor([secret]).view(torch.uint8)
-        board = mailbox.board(group.size())
+        board = cpu.board(group.size())
         files = (trial.file, trial.capacity, 0 if board is None else board.file)
-        card = [os.getpid(), shared_memory.network(), secret, *files]
+        card = [os.getpid(), cpu.network_namespace(), secret, *files]
     cards = all_gather_numbers(card, group, device)
     reads = [int(trial is not None and r != rank and _reads(*theirs[:5])) for r, theirs in enumerate(cards)]
     table = all_gather_numbers(reads, group, device)
     pairs = {(i, j): bool(table[i][j] and table[j][i]) for i in range(len(table)) for j in range(len(table)) if i != j}
-    peers = [Peer(theirs[0]) if pairs.get((rank, r)) else None for r, theirs in enumerate(cards)]
+    peers = [cpu.Peer(theirs[0]) if pairs.get((rank, r)) else None for r, theirs in enumerate(cards)]
     boards, box = [theirs[5] for theirs in cards], None
     if board is not None and all(pairs.values()) and all(boards):
-        box = Mailbox(rank, board, peers, boards, lambda: timeout_seconds(group, device))
+        box = cpu.Mailbox(rank, board, peers, boards, lambda: timeout_seconds(group, device))
     return _Neighbors(peers, all(pairs.values()), any(pairs.values()), box)
 
 
 def _reads(pid: int, network: int, secret: int, file: int, capacity: int) -> bool:
-    if not pid or network != shared_memory.network():
+    if not pid or network != cpu.network_namespace():
         return False
     try:
-        return int(Peer(pid).read(file, capacity, 0, 8).view(torch.int64)) == secret
+        return int(cpu.Peer(pid).read(file, capacity, 0, 8).view(torch.int64)) == secret
     except (OSError, ValueError):
         return False
 
 
-def _places(going: list[Layout], peers: list[Peer | None]) -> tuple[list[int], int]:
+def _places(going: list[Layout], peers: list[cpu.Peer | None]) -> tuple[list[int], int]:
     """(where each rank's message starts, bytes in all): first those that go through the network, in rank order."""
     starts, total = [0] * len(going), 0
     by_memory = [peer is not None for peer in peers]
@@ -141,7 +139,7 @@ class Exchange:
         self._group = group
         self._met: _Neighbors | None = None
         self._underway = False
-        self._outboxes: Outboxes | None = None
+        self._outboxes: cpu.Outboxes | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         """A copied model lives on the same ranks; process groups cannot be copied."""
@@ -181,7 +179,7 @@ class Exchange:
         like, device = [source for source, _ in rows], rows[0][0].device
         if self._met is None:
             self._met = _meet(self._group, device)
-            self._outboxes = Outboxes() if any(self._met.peers) else None
+            self._outboxes = cpu.Outboxes() if any(self._met.peers) else None
         met, going = self._met, self._layouts(like, send_counts)
         starts, num_bytes = _places(going, met.peers)
         box = None if self._outboxes is None else self._outboxes.next(num_bytes)
@@ -253,7 +251,7 @@ class Exchange:
         return start_all_to_all_bytes(message[: sum(sent)], sent, received, self._group)
 
 
-def _read(peer: Peer, rank: int, num_bytes: int, file: int, capacity: int, start: int) -> Tensor:
+def _read(peer: cpu.Peer, rank: int, num_bytes: int, file: int, capacity: int, start: int) -> Tensor:
     try:
         return peer.read(file, capacity, start, num_bytes)
     except OSError as error:
