@@ -59,7 +59,7 @@ static void softmax_row(float *row, int64_t valid, int64_t width, float scale) {
     for (int64_t j = valid; j < width; j++) row[j] = 0;
 }
 
-// q, k, v: in. kept (batches heads kept_size), out (as s->out says): out.
+// q, k, v: in. kept (batches heads kept_size), out (strides in s->out): out.
 void attention_forward(blas_t blas, const shape_t *s, const float *scale, const float *q, const float *k,
                        const float *v, float *kept, float *out) {
     int64_t size = kept_size(s), group = s->heads / s->kv_heads;
@@ -92,7 +92,7 @@ static void softmax_row_backward(const float *p, float *grad, int64_t valid, int
     for (int64_t j = valid; j < width; j++) grad[j] = 0;
 }
 
-// grad (as s->out says): in. grad_q, grad_k, grad_v (batches, length, heads, width): out, the last two zeroed before.
+// grad (strides in s->out): in. grad_q, grad_k, grad_v (batches, length, heads, width): out, the last two 0 before.
 // scratch: threads piece length floats.
 void attention_backward(blas_t blas, const shape_t *s, const float *scale, const float *q, const float *k,
                         const float *v, const float *kept, const float *grad, float *grad_q, float *grad_k,

@@ -20,10 +20,10 @@ int64_t count_rows(int64_t T, int64_t K, int64_t P, int64_t local, const int64_t
     return wrong;
 }
 
-// rows: from count_rows. token (N), ids_there (N, K), weights_there (N, K), empty (N, K): out, by rank, then by token.
+// rows: from count_rows. token (N), local_ids (N, K), row_weights (N, K), empty (N, K): out, by rank, then by token.
 // Ids are local to the rank, weights 0 where a slot is empty. last and next (P): scratch.
 void list_rows(int64_t T, int64_t K, int64_t P, int64_t local, const int64_t *ids, const float *weights,
-               const int64_t *rows, int64_t *token, int32_t *ids_there, float *weights_there, uint8_t *empty,
+               const int64_t *rows, int64_t *token, int32_t *local_ids, float *row_weights, uint8_t *empty,
                int64_t *last, int64_t *next) {
     int64_t start = 0;
     for (int64_t p = 0; p < P; start += rows[p++]) next[p] = start, last[p] = -1;
@@ -34,11 +34,11 @@ void list_rows(int64_t T, int64_t K, int64_t P, int64_t local, const int64_t *id
             if (last[p] != t) {
                 n = next[p]++;
                 token[n] = last[p] = t;
-                for (int64_t j = n * K; j < (n + 1) * K; j++) ids_there[j] = local, weights_there[j] = 0, empty[j] = 1;
+                for (int64_t j = n * K; j < (n + 1) * K; j++) local_ids[j] = local, row_weights[j] = 0, empty[j] = 1;
             }
             n = (next[p] - 1) * K + k;
-            ids_there[n] = id - p * local;
-            weights_there[n] = weights[t * K + k];
+            local_ids[n] = id - p * local;
+            row_weights[n] = weights[t * K + k];
             empty[n] = 0;
         }
 }
