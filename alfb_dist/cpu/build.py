@@ -107,4 +107,4 @@ class Library:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function; a tensor is passed as the address of its data, None as a null pointer."""
-        return getattr(self._loaded, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+        return getattr(self._loaded, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
