@@ -17,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alfb_dist.cpu import mailbox, shared_memory
-from alfb_dist.cpu.mailbox import Mailbox
-from alfb_dist.cpu.shared_memory import Outbox, Outboxes, Peer
+from alfb_dist import cpu
 from alfb_dist.distributed.collectives import all_gather_numbers, exchange_numbers, timeout_seconds
 from alfb_dist.distributed.network_transport import NetworkTransport
 from alfb_dist.distributed.transport import Accept, Header
@@ -37,10 +35,10 @@ class Endpoint(NamedTuple):
 
     def is_readable(self) -> bool:
         """Return whether this process can read that rank's memory."""
-        if not self.pid or self.network != shared_memory.network():
+        if not self.pid or self.network != cpu.network_namespace():
             return False
         try:
-            found = Peer(self.pid).read(self.file, self.capacity, 0, 8)
+            found = cpu.Peer(self.pid).read(self.file, self.capacity, 0, 8)
         except (OSError, ValueError):
             return False
         return int(found.view(torch.int64)) == self.secret
@@ -54,25 +52,25 @@ def connect(group: ProcessGroup, device: torch.device) -> MemoryTransport | None
     rank, num_ranks = group.rank(), group.size()
     outbox = board = None
     own = Endpoint()
-    if device.type == "cpu" and shared_memory.available():
-        outbox, board = Outbox(8), mailbox.board(num_ranks)
+    if device.type == "cpu" and cpu.has_shared_memory():
+        outbox, board = cpu.Outbox(8), cpu.board(num_ranks)
         secret = int.from_bytes(os.urandom(7), "little")
         outbox.bytes[:8] = torch.tensor([secret]).view(torch.uint8)
         files = (outbox.file, outbox.capacity, 0 if board is None else board.file)
-        own = Endpoint(os.getpid(), shared_memory.network(), secret, *files)
+        own = Endpoint(os.getpid(), cpu.network_namespace(), secret, *files)
     endpoints = [Endpoint(*numbers) for numbers in all_gather_numbers(own, group, device)]
     readable = [int(outbox is not None and r != rank and e.is_readable()) for r, e in enumerate(endpoints)]
     reads = all_gather_numbers(readable, group, device)
     pairs = {(i, j) for i in range(num_ranks) for j in range(num_ranks) if reads[i][j] and reads[j][i]}
     if not pairs:
         return None
-    peers = [Peer(e.pid) if (rank, r) in pairs else None for r, e in enumerate(endpoints)]
+    peers = [cpu.Peer(e.pid) if (rank, r) in pairs else None for r, e in enumerate(endpoints)]
     if len(pairs) < num_ranks * (num_ranks - 1):
         return MemoryTransport(group, peers, NetworkTransport(group, device), None)
     boards = [e.board for e in endpoints]
     box = None
     if board is not None and all(boards):
-        box = Mailbox(rank, board, peers, boards, lambda: timeout_seconds(group, device))
+        box = cpu.Mailbox(rank, board, peers, boards, lambda: timeout_seconds(group, device))
     return MemoryTransport(group, peers, None, box)
 
 
@@ -86,11 +84,15 @@ class MemoryTransport:
     needs_headers = True
 
     def __init__(
-        self, group: ProcessGroup, peers: list[Peer | None], network: NetworkTransport | None, mailbox: Mailbox | None
+        self,
+        group: ProcessGroup,
+        peers: list[cpu.Peer | None],
+        network: NetworkTransport | None,
+        mailbox: cpu.Mailbox | None,
     ) -> None:
         self.peers, self._network, self._mailbox = peers, network, mailbox
         self._group, self._rank = group, group.rank()
-        self._outboxes = Outboxes() if any(peers) else None
+        self._outboxes = cpu.Outboxes() if any(peers) else None
         self._nothing = torch.empty(0, dtype=torch.uint8)
 
     def buffers(self, sizes: list[int]) -> list[Tensor]:
@@ -120,7 +122,7 @@ class MemoryTransport:
         wait = self._network.start(headers, accept, others)
         return lambda: self._read(received, sizes, wait())
 
-    def _collect(self, box: Mailbox, own: list[int], accept: Accept) -> list[Tensor]:
+    def _collect(self, box: cpu.Mailbox, own: list[int], accept: Accept) -> list[Tensor]:
         received = box.collect(own)
         return self._read(received, _accepted(received, accept), [self._nothing] * len(received))
 

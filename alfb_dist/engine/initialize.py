@@ -16,8 +16,8 @@ import deepspeed
 from torch import nn
 
 from alfb_dist.balance.update_rule import Schedule, check_rule
-from alfb_dist.cpu.attention import choose_attention
 from alfb_dist.distributed.collectives import known_groups, set_timeouts
+from alfb_dist.engine.attention import choose_attention
 from alfb_dist.engine.balancer import Balancer, check_mode
 from alfb_dist.engine.ds_config import check_ds_config, read_ds_config, with_defaults, with_section
 from alfb_dist.moe.gate import BalancedGate

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from alfb_dist.cpu import experts as native
+from alfb_dist import cpu
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.collectives import size, world_group
 from alfb_dist.distributed.topology import make_grid
@@ -76,7 +76,7 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
 def _compile_shared(block: nn.Module) -> None:
     """The block's shared experts run by the compiled kernels, where there are any and they are of that kind."""
     name = shared_name(block)
-    if name is not None and native.library() is not None:
+    if name is not None and cpu.has_kernels():
         shared = block.get_submodule(name)
         if not isinstance(shared, CompiledShared) and is_shared_swiglu(shared):
             mix(shared, CompiledShared)
