@@ -55,7 +55,7 @@ ONLY = {
 }
 """Who alone may import DeepSpeed and inner modules of transformers: where an upgrade of either has to be checked."""
 
-HOLDS_COLLECTIVES = {"alfb_dist.distributed.collectives", "alfb_dist.distributed.topology"}
+HOLDS_COLLECTIVES = {"alfb_dist.distributed.collectives"}
 
 # What any file may use of torch.distributed: questions about a process and its groups, none of which communicates.
 HARMLESS = {

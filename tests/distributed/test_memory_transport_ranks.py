@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
-from alfb_dist.cpu import mailbox
+from alfb_dist import cpu
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.memory_transport import MemoryTransport
+
+pytestmark = pytest.mark.skipif(not cpu.has_shared_memory(), reason="no memory that processes share")
 
 
 def by_memory(without_memory: list[int]) -> list[bool]:
@@ -69,5 +71,5 @@ def grow() -> tuple[int, int]:
 
 def test_number_of_memory_files_does_not_grow_with_messages(tmp_path: Path) -> None:
     """Of each rank two for messages, and one for headers where they go by memory."""
-    files = 4 if mailbox.library() is None else 6
+    files = 4 if cpu.board(2) is None else 6
     assert run_ranks(2, grow, folder=tmp_path) == [(files, files)] * 2
