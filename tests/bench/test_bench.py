@@ -134,7 +134,7 @@ def test_kept_bytes_count_saved_tensors_and_attributes_once_and_no_parameters() 
 
 
 def test_peak_includes_the_arena() -> None:
-    held = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, not counted
+    earlier = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, not counted
 
     def forward() -> Tensor:
         arena.empty((4 << 20,), torch.empty(0))
@@ -142,7 +142,7 @@ def test_peak_includes_the_arena() -> None:
 
     for _ in range(2):  # with new blocks, then with reused ones
         assert memory.peak_bytes(Run(forward, lambda out: None)) == pytest.approx(16 << 20, rel=0.01)
-    assert held.numel()
+    assert earlier.numel()
 
 
 def test_peak_is_what_was_allocated_at_the_same_time() -> None:
