@@ -44,7 +44,7 @@ def shuffled(positions: NDArray[Any], epochs: NDArray[Any], num_samples: int, se
     keys = _mix(_mix(np.full(positions.shape, seed & _MASK, np.uint64)) + epochs.astype(np.uint64) * np.uint64(_GOLDEN))
     samples = positions.astype(np.uint64)
     outside = np.ones(positions.shape, bool)
-    while outside.any():  # the network permutes up to 4 times as many numbers: repeat for those that are no sample
+    while outside.any():  # the network permutes up to 4 times as many numbers: repeat for those beyond the samples
         samples[outside] = _feistel(samples[outside], keys[outside], half_bits)
         outside = samples >= np.uint64(num_samples)
     return samples.astype(np.int64)

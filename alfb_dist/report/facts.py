@@ -1,4 +1,4 @@
-"""What a configuration says about size and rule, in a few words."""
+"""The sizes and rules of a run for a reader, found in its configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("balance rule", ("rule",)),
     ("bias rate", ("rate",)),
     ("steps", ("steps",)),
-    ("sequences a step", ("global_batch",)),
+    ("sequences per step", ("global_batch",)),
     ("sequence length", ("sequence_length",)),
 )
 
@@ -45,7 +45,7 @@ def _shown(label: str, value: Any) -> str:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf, in the configuration's order."""
+    """Yield (dotted path, value) of every leaf, in the configuration's order."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

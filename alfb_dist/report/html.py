@@ -1,4 +1,4 @@
-"""report.html: a run drawn from its folder alone."""
+"""report.html: a run drawn from the files in its directory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from alfb_dist.report.redaction import redact
 from alfb_dist.report.run_data import METRICS, RunData, read_run
 from alfb_dist.report.wording import count, decimal, duration
 
-_NONE_YET = '<p class="empty">No step logged yet. Draw the report again once the run has taken its first step.</p>'
+_NONE_YET = '<p class="empty">No step logged yet. Draw the report again after the first step.</p>'
 
 
-def write_html(run_folder: Path) -> Path:
-    """The run folder holds a report.html of the run as far as it has come; returns its path.
+def write_html(run_directory: Path) -> Path:
+    """Draw report.html of a running or finished run into its directory; return the file's path.
 
-    Raises FileNotFoundError if the folder holds no run.
+    Raises FileNotFoundError if the directory holds no run.
     """
-    run = read_run(Path(run_folder))
-    target = run.folder / "report.html"
+    run = read_run(Path(run_directory))
+    target = run.directory / "report.html"
     with publish(target) as temporary:
         temporary.write_text(report_page(run), encoding="utf-8")
     return target
 
 
 def report_page(run: RunData) -> str:
-    """The whole page as text."""
+    """Return the whole page as HTML."""
     figures = key_figures(run, {})
     charts = _training(run, figures) + _balance(run) + _cost(run) if run.training else _NONE_YET
     return page(f"{run.name} - training report", _header(run) + _tiles(run, figures) + charts + _configuration(run))
@@ -41,7 +41,7 @@ def report_page(run: RunData) -> str:
 
 def _header(run: RunData) -> str:
     facts = "".join(f"<span>{escape(label)} <b>{escape(value)}</b></span>" for label, value in model_facts(run.config))
-    metrics = run.folder / METRICS
+    metrics = run.directory / METRICS
     when = datetime.fromtimestamp(metrics.stat().st_mtime) if metrics.exists() else datetime.now()
     return (
         f"<header><h1>{escape(run.name)}</h1><p>Auxiliary-loss-free load balancing of a Mixture-of-Experts model; "
@@ -104,7 +104,7 @@ def _training(run: RunData, figures: dict[str, Any]) -> str:
 def _column_chart(
     run: RunData, key: str, title: str, note: str, y_label: str, *, label: str = "", **options: Any
 ) -> str:
-    """A half-width chart of one value of the training records; its line is called like the chart unless labelled."""
+    """Draw a half-width chart of one value of the training records; label: of the line, by default the title."""
     line = Line(label or title.lower(), run.column("step"), run.column(key))
     return line_chart(Chart(title, note, y_label, [line], size=HALF, **options))
 
@@ -125,7 +125,7 @@ def _balance(run: RunData) -> str:
 def _violation_chart(run: RunData, labels: list[str]) -> Chart:
     step, violation_NL = run.column("step"), run.violation_NL()
     names = labels if len(labels) == violation_NL.shape[1] else [str(layer) for layer in range(violation_NL.shape[1])]
-    faint = min(0.5, max(0.15, 8 / max(1, len(names))))  # many lines make a cloud, few stay lines
+    faint = min(0.5, max(0.15, 8 / max(1, len(names))))  # the more lines, the fainter
     layers = [
         Line("each layer" if layer == 0 else name, step, violation_NL[:, layer], "thin", layer == 0, faint)
         for layer, name in enumerate(names)
@@ -149,7 +149,7 @@ def _cost(run: RunData) -> str:
     note = "Routed rows of the busiest rank over the mean of all ranks. At 1 no rank waits for another."
     even = [Reference("even", 1.0)]
     skew = _column_chart(run, "rank_skew", "Rank skew", note, "busiest rank / mean", references=even)
-    note = "Tokens that all ranks together train on per second, evaluation and saving left out."
+    note = "Training tokens per second of all ranks together, without evaluation and saving."
     speed = _column_chart(run, "tokens_per_second", "Throughput", note, "tokens/s", label="tokens/s", from_zero=True)
     return _section("Cost", [skew, speed])
 

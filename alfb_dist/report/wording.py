@@ -9,11 +9,11 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def count(value: Any, digits: int = 3) -> str:
-    """A number to `digits` digits: 950, 12.3k, 4.56M, 671B; "-" if there is none."""
+    """Return a number to `digits` digits: 950, 12.3k, 4.56M, 671B; "-" if there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     for size, unit in _UNITS:
-        if abs(value) >= size * (1 - 0.5 * 10**-digits):  # what would be rounded up to the unit takes the unit
+        if abs(value) >= size * (1 - 0.5 * 10**-digits):  # also what would be rounded up to the unit
             scaled = value / size
             decimals = max(0, digits - len(f"{abs(scaled):.0f}"))
             return f"{scaled:.{decimals}f}{unit}"
@@ -21,7 +21,7 @@ def count(value: Any, digits: int = 3) -> str:
 
 
 def decimal(value: Any, decimals: int = 3) -> str:
-    """A number with fixed decimals, "-" if there is none."""
+    """Return a number with fixed decimals, "-" if there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     return f"{value:.{decimals}f}"
@@ -37,7 +37,7 @@ def human(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss under an hour; "-" if unknown."""
+    """Return seconds as h:mm:ss, or m:ss under an hour; "-" if unknown."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)

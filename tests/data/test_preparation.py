@@ -39,11 +39,11 @@ def contents(data: PreparedData) -> tuple[bytes, bytes]:
 
 def test_every_file_is_a_document_of_one_side_byte_by_byte(texts: Path, tmp_path: Path) -> None:
     data = prepare([texts], tmp_path / "cache", validation_fraction=0.3, block_bytes=256)
-    held = documents(data.train), documents(data.validation)
-    assert sorted(held[0] + held[1]) == sorted(path.read_bytes() for path in texts.rglob("*.txt"))
-    assert 8 < len(held[1]) < 30
+    sides = documents(data.train), documents(data.validation)
+    assert sorted(sides[0] + sides[1]) == sorted(path.read_bytes() for path in texts.rglob("*.txt"))
+    assert 8 < len(sides[1]) < 30
     order = sorted(texts.rglob("*.txt"), key=lambda path: path.relative_to(texts).as_posix())
-    for side in held:
+    for side in sides:
         assert side == [content for content in (path.read_bytes() for path in order) if content in side]
 
 
