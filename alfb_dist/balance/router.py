@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class RouterSpec:
     scaling: float = 1.0
     descending: bool = False
     """Whether a token's experts come in the order of their biased scores; otherwise in any order."""
+
+
+def float32_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return the logits of tokens in any shape and type, computed in float32: (T, E)."""
+    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return functional.linear(x_TD.to(torch.float32), weight_ED.to(torch.float32))
 
 
 def gate_scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -56,3 +63,10 @@ def combine_weights(scores_TE: Tensor, expert_ids_TK: Tensor, spec: RouterSpec) 
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * spec.scaling
+
+
+def weights_and_ids(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Return the combine weights and the ids of the experts that score + bias chooses, (T, K) each."""
+    scores_TE = gate_scores(logits_TE, spec)
+    ids_TK = choose_experts(scores_TE.detach(), bias_E, spec)
+    return combine_weights(scores_TE, ids_TK, spec), ids_TK

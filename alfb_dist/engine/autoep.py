@@ -8,49 +8,28 @@ router of a family without a bias gets one of 0.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
 
 from alfb_dist.distributed.collectives import Group
+from alfb_dist.moe.batch import Batch
+from alfb_dist.moe.batch_hooks import track_batches
 from alfb_dist.moe.families.blocks import moe_blocks
-from alfb_dist.moe.gate import AuxLosses, BalancedGate, Batch
-from alfb_dist.moe.parallelize import _note_batch
+from alfb_dist.moe.gate import BalancedGate, make_balanced
+from alfb_dist.moe.routing import Routing
 from alfb_dist.moe.sharded_experts import ShardedExperts
 
 BIAS_NAME = "e_score_correction_bias"
 
 
-class BalancedRouter(BalancedGate):
-    """What is mixed into the class of an AutoEP router. Not used on its own."""
-
-    @property
-    def bias_E(self) -> Tensor:
-        """The selection bias, float32."""
-        return getattr(self, BIAS_NAME)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """AutoEP's (weights, expert ids, tokens per expert), counted if this forward trains."""
-        with self.same_choice():
-            weights_TK, ids_TK, num_tokens_E = super(BalancedGate, self).forward(hidden_states, *args, **kwargs)
-        if self.training and torch.is_grad_enabled():
-            weights_TK = self._observe(weights_TK, weights_TK, ids_TK)
-        elif self.measured_load_E is not None:
-            mask_T = self.batch.mask_T(ids_TK.shape[0], evaluated=True)
-            self.measured_load_E = self.measured_load_E + self._load(ids_TK, mask_T)
-        return weights_TK, ids_TK, num_tokens_E
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts everything as asked, except that the bias stays float32 with all its bits."""
-        exact_E = self.bias_E.detach().clone()
-        super()._apply(fn, recurse)
-        if self.bias_E.dtype != torch.float32:
-            self.bias_E.data = exact_E.to(self.bias_E.device)
-        return self
+def _route(gate: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Routing:
+    """AutoEP's own routing, which returns (weights, expert ids, tokens per expert)."""
+    output = gate.family_forward(hidden_states, *args, **kwargs)
+    weights_TK, ids_TK, _ = output
+    return Routing(output, None, weights_TK, ids_TK, 0)
 
 
 def _check(name: str, layer: AutoEPMoELayer, group: Group) -> None:
@@ -109,14 +88,11 @@ def watch_autoep(model: nn.Module, group: Group = None) -> list[BalancedGate]:
         biased = layers
     for name, layer in biased:
         _check(name, layer, group)
-    fresh, batch = [layer.router for _, layer in biased if not isinstance(layer.router, BalancedRouter)], Batch()
+    fresh, batch = [layer.router for _, layer in biased if not isinstance(layer.router, BalancedGate)], Batch()
     for router in fresh:
-        router.__class__ = type(
-            "BalancedAutoEPRouter", (BalancedRouter, TokenChoiceTopKRouter), {"__module__": __name__}
-        )
-        router.bias_name, router.batch, router.aux, router.spec = BIAS_NAME, batch, AuxLosses(), None
-        router.pending_load_E = router.measured_load_E = None
+        make_balanced(router, _route, BIAS_NAME, router)
+        router.batch = batch
         router.bias_E.data = router.bias_E.data.float()
     if fresh:
-        _note_batch(model)
+        track_batches(model)
     return [layer.router for _, layer in biased]

@@ -18,7 +18,7 @@ Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_TD, expert_ids_TK, weights_TK) -> (T, D), each token's own; collective."""
 
 
-def within(
+def in_chunks(
     max_rows: int,
     compute: Compute,
     x_TD: Tensor,

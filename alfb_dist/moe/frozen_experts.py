@@ -7,7 +7,7 @@ from typing import Any
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
-def let_experts_be_frozen() -> None:
+def allow_frozen_experts() -> None:
     """ZeRO stages 1 and 2 take a model with expert layers of which no expert trains; once, later calls do nothing.
 
     DeepSpeed 0.19 fails on a group of the optimizer in which nothing trains, and asserts that one group holds experts.
@@ -15,7 +15,7 @@ def let_experts_be_frozen() -> None:
     norm is an expert's, so the path for dense models is the right one. All else is as it was.
     """
     inner = DeepSpeedZeroOptimizer._configure_moe_settings
-    if getattr(inner, "_alfb_mended", False):
+    if getattr(inner, "_alfb_patched", False):
         return
 
     def _configure_moe_settings(self: Any) -> None:
@@ -27,5 +27,5 @@ def let_experts_be_frozen() -> None:
         else:
             self.has_moe_layers, self.is_moe_param_group = False, [False] * len(groups)
 
-    _configure_moe_settings._alfb_mended = True  # type: ignore[attr-defined]
+    _configure_moe_settings._alfb_patched = True  # type: ignore[attr-defined]
     DeepSpeedZeroOptimizer._configure_moe_settings = _configure_moe_settings

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from alfb_dist.config.settings import Sharding
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.topology import Grid, grid_ranks
-from alfb_dist.moe.chunked import within
+from alfb_dist.moe.chunked import in_chunks
 from alfb_dist.moe.dispatch import Sent, combine, receive, send
 from alfb_dist.moe.experts import expert_mlp
 from alfb_dist.moe.families.experts import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
-from alfb_dist.moe.frozen_experts import let_experts_be_frozen
-from alfb_dist.moe.shared_overlap import RunsEarly
+from alfb_dist.moe.frozen_experts import allow_frozen_experts
+from alfb_dist.moe.shared_overlap import OverlappedSharedExperts
 from alfb_dist.profiling import span
 
 
@@ -77,7 +77,7 @@ class ShardedExperts(AutoEPMoELayer):
             top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
         inputs = (hidden_states, top_k_index, top_k_weights)
         if self.sharding.max_rows:
-            out_TD = within(self.sharding.max_rows, self._compute, *inputs, self.num_local_experts, self.exchange)
+            out_TD = in_chunks(self.sharding.max_rows, self._compute, *inputs, self.num_local_experts, self.exchange)
         else:
             out_TD = self._compute(*inputs)
         if identity_TK is not None:
@@ -107,7 +107,7 @@ class ShardedExperts(AutoEPMoELayer):
         if sent.route is not None and self.shared is not None:
             block, name = self.shared
             shared = getattr(block, name)
-            if isinstance(shared, RunsEarly):
+            if isinstance(shared, OverlappedSharedExperts):
                 with span("shared"):
                     shared.run_early(x_TD)
 
@@ -124,7 +124,7 @@ class ShardedExperts(AutoEPMoELayer):
     ) -> None:
         """DeepSpeed uses our groups, which have our timeout; groups that it makes itself wait 30 minutes. It calls this
         before it makes the optimizer."""
-        let_experts_be_frozen()
+        allow_frozen_experts()
         if use_data_before_expert_parallel_ or folding_group_handles is not None:
             raise ValueError("alfb_dist lays ranks out expert-parallel first, without tensor-parallel folding")
         if self.grid is None:
@@ -146,8 +146,3 @@ class ShardedExperts(AutoEPMoELayer):
 def sharded_experts(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
     """The sharded experts of a model with their names, in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ShardedExperts)]
-
-
-def expert_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that differ between the ranks of an expert-parallel group."""
-    return [p for _, m in sharded_experts(model) for p in m.parameters()]

@@ -13,33 +13,33 @@ from alfb_dist.moe.recompute import top_k_arguments
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a gate without a bias chooses."""
+class TopKSpec:
+    """How a gate without a bias chooses its experts."""
 
     of_logits: bool
-    """Whether it ranks logits: their softmax, which ranks alike, is the score then. Else what it ranks is the score."""
+    """Whether its top-k ranks logits, whose softmax is then the score; else it ranks scores."""
     weights_at: int
-    """Which of its outputs holds the weights: the one that depends on the choice."""
+    """Position in its outputs of the weights, which depend on the choice."""
 
 
-class BiasedChoice(TorchFunctionMode):
-    """Within it, a top-k over as many values as there are biases chooses by score + bias; the values stay unbiased.
+class BiasedTopK(TorchFunctionMode):
+    """Context in which a top-k over as many values as there are biases ranks score + bias and returns unbiased values.
 
-    of_logits: see `Choice`.
+    of_logits: see `TopKSpec`.
     """
 
     def __init__(self, bias_E: Tensor, *, of_logits: bool) -> None:
         super().__init__()
         self.bias_E, self.of_logits = bias_E, of_logits
         self.ids_TK: Tensor | None = None
-        """int64: the experts chosen last."""
+        """int64: the experts of the last such top-k."""
         self.ranked_TE: Tensor | None = None
-        """What they were chosen from."""
+        """Its values, unbiased."""
         self.num_calls = 0
-        """How many top-ks were taken, over whatever."""
+        """Number of top-ks of any kind."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every function as it is, but for the top-k."""
+        """Bias top-ks over the experts and call every other function."""
         if func not in (torch.topk, Tensor.topk):
             return func(*args, **(kwargs or {}))
         self.num_calls += 1

@@ -15,7 +15,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Confi
 
 from alfb_dist import parallelize
 from alfb_dist.cpu import experts as native
-from alfb_dist.moe.gate import mix
+from alfb_dist.moe.mixin import mix
 from alfb_dist.moe.shared_experts import CompiledShared, SharedMLP, is_shared_swiglu
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler on this machine")

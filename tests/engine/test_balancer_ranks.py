@@ -14,6 +14,7 @@ from support.ranks import run_ranks
 from support.tiny import (
     GROUP_LIMITED,
     biases,
+    expert_parameters,
     gates,
     part,
     plain_step,
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from alfb_dist.engine.balancer import Balancer
 from alfb_dist.moe.parallelize import parallelize
-from alfb_dist.moe.sharded_experts import expert_parameters, sharded_experts
+from alfb_dist.moe.sharded_experts import sharded_experts
 
 STEPS, RATE, LEARNING_RATE, TOP_K = 4, 0.05, 0.1, 4
 

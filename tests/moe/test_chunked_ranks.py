@@ -14,10 +14,13 @@ from support.tiny import full_gradients, set_biases, tiny_batch, tiny_model
 from torch import Tensor
 
 from alfb_dist.engine.balancer import Balancer
-from alfb_dist.moe import sharded_experts as moe
+from alfb_dist.moe import sharded_experts
 from alfb_dist.moe.parallelize import parallelize
 
-BOUND = 12
+BOUND, WIDE = 12, 10_000
+
+
+CASES = [(world, ep, hot) for world, ep in ((1, 1), (2, 2), (4, 2), (4, 4)) for hot in (False, True)]
 
 
 def hot_model(hot: bool) -> Any:
@@ -32,20 +35,20 @@ def train(ep: int, hot: bool, max_rows: int) -> dict[str, Any]:
     """One training forward and backward, and an evaluation, of a batch whose size differs between ranks."""
     model = parallelize(hot_model(hot), ep_degree=ep, max_rows=max_rows)
     balancer, rank = Balancer(model), dist.get_rank()
-    batch, seen, compute = tiny_batch(rank, 1 + rank, 14), [], moe.expert_mlp
+    batch, seen, compute = tiny_batch(rank, 1 + rank, 14), [], sharded_experts.expert_mlp
 
     def spy(x_RD: Tensor, *args: Any, **options: Any) -> Tensor:
         seen.append(len(x_RD))
         return compute(x_RD, *args, **options)
 
-    moe.expert_mlp = spy
+    sharded_experts.expert_mlp = spy
     loss = model(**batch).loss
     loss.backward()
     gradients = full_gradients(model)
     balancer.step()
     with torch.no_grad():
         logits = model.eval()(**batch).logits
-    moe.expert_mlp = compute
+    sharded_experts.expert_mlp = compute
     return {
         "loss": loss.detach(),
         "logits": logits,
@@ -57,16 +60,14 @@ def train(ep: int, hot: bool, max_rows: int) -> dict[str, Any]:
 
 
 def all_settings() -> dict[tuple[int, bool, int], dict[str, Any]]:
-    degrees = [ep for ep in (1, 2, 4) if dist.get_world_size() % ep == 0]
-    return {(ep, hot, rows): train(ep, hot, rows) for ep in degrees for hot in (False, True) for rows in (0, BOUND)}
+    degrees = [ep for world, ep, _ in CASES if world == dist.get_world_size()]
+    settings = [(ep, hot, rows) for ep in degrees for hot in (False, True) for rows in (0, BOUND)]
+    return {setting: train(*setting) for setting in [*settings, (degrees[0], True, WIDE)]}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
     return functools.cache(lambda world: run_ranks(world, all_settings, folder=tmp_path_factory.mktemp("ranks")))
-
-
-CASES = [(world, ep, hot) for world, ep in ((1, 1), (2, 2), (4, 2), (4, 4)) for hot in (False, True)]
 
 
 @pytest.mark.parametrize(("world", "ep", "hot"), CASES)
@@ -93,13 +94,8 @@ def test_no_rank_ever_has_more_rows_than_the_bound(
     assert len({rank[ep, hot, BOUND]["calls"] for rank in results[:ep]}) == 1  # the ranks of a group go in step
 
 
-def wide_enough() -> int:
-    return train(2, True, 10_000)["calls"]
-
-
-def test_nothing_is_computed_twice_where_all_rows_fit(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("ranks")
-    assert run_ranks(2, wide_enough, folder=folder) == [4, 4]  # two layers, trained and evaluated
+def test_nothing_is_computed_twice_where_all_rows_fit(ranks: Callable[[int], list[Any]]) -> None:
+    assert [rank[2, True, WIDE]["calls"] for rank in ranks(2)] == [4, 4]  # two layers, trained and evaluated
 
 
 def test_a_bound_below_one_row_a_rank_is_refused() -> None:

@@ -19,7 +19,9 @@ from alfb_dist.moe.dispatch import Sent, combine, receive, send
 Ranks = Callable[..., list[Any]]
 
 EXPERTS, TOP_K, WIDTH = 8, 3, 5
-WORLDS = (1, 2, 4)
+RUNS = [("memory", 1), ("memory", 2), ("memory", 4), ("network", 2), ("network", 4), ("mixed", 4)]
+"""Transports and numbers of ranks. One rank uses no transport, and two ranks on two machines have only the network."""
+WITH_OTHERS = [run for run in RUNS if run[1] > 1]
 CASES = ("even", "uneven", "idle first rank", "idle last rank", "all to the last", "none to the last", "no tokens")
 
 
@@ -135,11 +137,11 @@ def all_cases(transport: str) -> tuple[dict[str, Any], dict[str, int], tuple[Any
     return {case: run_case(case) for case in CASES}, wire_bytes(), low_precision()
 
 
-@pytest.fixture(scope="module", params=["memory", "network", "mixed"])
-def dispatched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """dispatched(world): by rank, what `all_cases` returned; run once per transport and world size."""
+@pytest.fixture(scope="module")
+def dispatched(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """dispatched(transport, world): by rank, the result of `all_cases`; run once each."""
     folder = tmp_path_factory.mktemp("ranks")
-    return functools.cache(lambda world: run_ranks(world, all_cases, request.param, folder=folder))
+    return functools.cache(lambda transport, world: run_ranks(world, all_cases, transport, folder=folder))
 
 
 @functools.cache
@@ -177,9 +179,11 @@ def distinct_pairs(case: str, world: int, rank: int) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_token_crosses_once_to_each_rank_that_owns_its_experts(dispatched: Ranks, world: int, case: str) -> None:
-    results = [result[0][case] for result in dispatched(world)]
+@pytest.mark.parametrize(("transport", "world"), WITH_OTHERS)
+def test_a_token_crosses_once_to_each_rank_that_owns_its_experts(
+    dispatched: Ranks, transport: str, world: int, case: str
+) -> None:
+    results = [result[0][case] for result in dispatched(transport, world)]
     for rank, result in enumerate(results):
         pairs = distinct_pairs(case, world, rank)
         num_tokens, token_N, send_counts, receive_counts = result["route"]
@@ -190,8 +194,10 @@ def test_a_token_crosses_once_to_each_rank_that_owns_its_experts(dispatched: Ran
         assert len(token_N) == len(pairs) and set(zip(token_N.tolist(), destination_N)) == pairs
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_bytes_on_the_wire_are_the_distinct_pairs_there_and_back_twice(dispatched: Ranks, world: int) -> None:
+@pytest.mark.parametrize(("transport", "world"), WITH_OTHERS)
+def test_bytes_on_the_wire_are_the_distinct_pairs_there_and_back_twice(
+    dispatched: Ranks, transport: str, world: int
+) -> None:
     for case in CASES:
         for rank in range(world):
             pairs = [distinct_pairs(case, world, source) for source in range(world)]
@@ -204,14 +210,16 @@ def test_bytes_on_the_wire_are_the_distinct_pairs_there_and_back_twice(dispatche
                 expected += to_here * (row + slots + TOP_K * 4) + to_there * row
                 # Backward: the gradient of each such row, and back those of rows and weights.
                 expected += to_here * row + to_there * (row + slots)
-            assert dispatched(world)[rank][1][case] == expected
+            assert dispatched(transport, world)[rank][1][case] == expected
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", WORLDS)
-def test_rows_arrive_with_local_ids_weights_and_empty_slots(dispatched: Ranks, world: int, case: str) -> None:
+@pytest.mark.parametrize(("transport", "world"), RUNS)
+def test_rows_arrive_with_local_ids_weights_and_empty_slots(
+    dispatched: Ranks, transport: str, world: int, case: str
+) -> None:
     num_local = EXPERTS // world
-    for rank, (results, _, _) in enumerate(dispatched(world)):
+    for rank, (results, _, _) in enumerate(dispatched(transport, world)):
         rows, ids, weights = results[case]["rows"], results[case]["ids"], results[case]["weights"]
         expected = expected_rows(case, world, rank)
         assert rows.shape == (len(expected), WIDTH) and ids.shape == weights.shape == (len(expected), TOP_K)
@@ -226,10 +234,12 @@ def test_rows_arrive_with_local_ids_weights_and_empty_slots(dispatched: Ranks, w
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", WORLDS)
-def test_output_and_gradients_equal_the_loop_without_dispatch(dispatched: Ranks, world: int, case: str) -> None:
+@pytest.mark.parametrize(("transport", "world"), RUNS)
+def test_output_and_gradients_equal_the_loop_without_dispatch(
+    dispatched: Ranks, transport: str, world: int, case: str
+) -> None:
     num_local = EXPERTS // world
-    for rank, (results, _, _) in enumerate(dispatched(world)):
+    for rank, (results, _, _) in enumerate(dispatched(transport, world)):
         expected = oracle(case, world)[rank]
         for name in ("out", "x grad", "weights grad"):
             torch.testing.assert_close(results[case][name], expected[name], rtol=1e-13, atol=1e-14)
@@ -238,30 +248,30 @@ def test_output_and_gradients_equal_the_loop_without_dispatch(dispatched: Ranks,
         torch.testing.assert_close(results[case]["scale grad"], total[local], rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_rank_without_rows_has_zero_gradients_and_not_none(dispatched: Ranks, world: int) -> None:
-    result = dispatched(world)[world - 1][0]["none to the last"]
+@pytest.mark.parametrize(("transport", "world"), WITH_OTHERS)
+def test_rank_without_rows_has_zero_gradients_and_not_none(dispatched: Ranks, transport: str, world: int) -> None:
+    result = dispatched(transport, world)[world - 1][0]["none to the last"]
     assert result["rows"].shape == (0, WIDTH)
     assert result["scale grad"].shape == (EXPERTS // world, WIDTH) and not result["scale grad"].any()
     assert result["out"].abs().min() > 0  # its own tokens are served elsewhere
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_all_tokens_to_one_rank_all_arrive_there(dispatched: Ranks, world: int) -> None:
-    rows = [len(results["all to the last"]["rows"]) for results, _, _ in dispatched(world)]
+@pytest.mark.parametrize(("transport", "world"), WITH_OTHERS)
+def test_all_tokens_to_one_rank_all_arrive_there(dispatched: Ranks, transport: str, world: int) -> None:
+    rows = [len(results["all to the last"]["rows"]) for results, _, _ in dispatched(transport, world)]
     assert rows[-1] == sum(tokens_of("all to the last", rank, world) for rank in range(world))
     assert not any(rows[: -1 - (world == 4)])  # of 4 ranks, the last owns too few experts for the third choice
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_bfloat16_rows_arrive_to_the_bit_beside_float32_weights(dispatched: Ranks, world: int) -> None:
+@pytest.mark.parametrize(("transport", "world"), RUNS)
+def test_bfloat16_rows_arrive_to_the_bit_beside_float32_weights(dispatched: Ranks, transport: str, world: int) -> None:
     half, full = torch.bfloat16, torch.float32
-    for _, _, seen in dispatched(world):
+    for _, _, seen in dispatched(transport, world):
         assert seen == (half, torch.int64, full, half, half, full, True)
 
 
 def test_group_of_one_rank_needs_no_way_back(dispatched: Ranks) -> None:
-    assert all(case["route"] is None for case in dispatched(1)[0][0].values())
+    assert all(case["route"] is None for case in dispatched("memory", 1)[0][0].values())
 
 
 def test_without_a_group_tokens_stay_as_they_are() -> None:

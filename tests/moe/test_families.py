@@ -10,8 +10,8 @@ import torch
 from support.family_table import (
     DOCUMENT,
     HOLDS_BIAS,
-    NOT_DONE,
     NOT_LANGUAGE_ONLY,
+    UNSUPPORTED,
     biased_folders_without_language_model,
     moe_language_models,
     sources,
@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from alfb_dist import Balancer, parallelize, update_bias
+from alfb_dist import Balancer, parallelize
 from alfb_dist.moe.families.blocks import ADDED_BIAS, moe_blocks
 from alfb_dist.moe.families.experts import family_mlp
 from alfb_dist.moe.gate import BalancedGate
+from alfb_dist.moe.routing import BiasedFamilyRouter
 
 RATE = 0.01
 BIASED = sources(HOLDS_BIAS)
@@ -68,23 +69,6 @@ def test_logits_loss_and_every_gradient_equal_the_family_s(family: str, shift: f
         else:
             assert not theirs[len(p) :].any(), name  # rows of LongCat's experts without weights, which are not kept
             torch.testing.assert_close(p.grad, theirs[: len(p)], rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_load_is_counted_and_the_bias_moves_by_the_rule(family: str) -> None:
-    plain, ours = pair(family)
-    balancer = Balancer(ours, rate=RATE)
-    before_LE = balancer.bias_LE
-    ours(**batch(2)).loss.backward()
-    balancer.step()
-    load_LE = expected_load(plain, batch(2))
-    top_k = next(
-        top_k for name in ("top_k_experts", "num_experts_per_tok") if (top_k := getattr(plain.config, name, 0))
-    )
-    assert torch.equal(balancer.load_LE, load_LE)
-    assert balancer.load_LE.sum(1).tolist() == [batch(2)["input_ids"].numel() * top_k] * len(load_LE)
-    assert torch.equal(balancer.bias_LE, update_bias(before_LE, load_LE, rate=RATE))
-    assert not torch.equal(balancer.bias_LE, before_LE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,9 +131,8 @@ def test_a_token_may_go_to_one_expert_whose_weight_is_1(family: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["afmoe", "ernie4_5_moe", "inkling_text", "longcat_flash", "mixtral", "nemotron_h"])
-def test_recompute_leaves_the_load_unchanged(family: str, reentrant: bool) -> None:
-    plain, ours = pair(family)
+def test_recompute_leaves_the_load_of_a_gate_with_the_bias_in_its_block_unchanged(reentrant: bool) -> None:
+    plain, ours = pair("afmoe")
     balancer = Balancer(ours, rate=RATE)
     ours.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -183,7 +166,7 @@ DBRX = {
 
 
 @pytest.mark.parametrize("take", [lambda model: parallelize(model, ep_degree=1), Balancer], ids=["sharded", "balanced"])
-@pytest.mark.parametrize("family", NOT_DONE)
+@pytest.mark.parametrize("family", UNSUPPORTED)
 def test_family_not_done_is_refused_with_its_reason_and_left_as_it_was(family: str, take: Any) -> None:
     sizes = {**COMMON, "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 1 if family == "zaya" else 2}
     with torch.device("meta"):
@@ -191,7 +174,7 @@ def test_family_not_done_is_refused_with_its_reason_and_left_as_it_was(family: s
     before = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=rf"^{type(model).__name__} \({family}\) cannot be balanced: ") as error:
         take(model)
-    assert str(error.value).endswith(NOT_DONE[family])
+    assert str(error.value).endswith(UNSUPPORTED[family])
     assert [type(m) for m in model.modules()] == before
 
 
@@ -248,13 +231,13 @@ def test_model_built_without_memory_is_taken_too() -> None:
         with torch.device("meta"):
             model = parallelize(AutoModelForCausalLM.from_config(family_config(family)), ep_degree=1)
         gate = next(m for m in model.modules() if isinstance(m, BalancedGate))
-        assert gate.fast or gate.spec is not None or gate.choice is not None
+        assert gate.spec is not None or isinstance(gate.router, BiasedFamilyRouter)
         assert all(b.is_meta for b in biases(model)) and len(biases(model)) > 0
 
 
 def test_document_lists_every_family_of_the_installed_transformers() -> None:
     """A new family is either in the table of families done, or in that of those not done."""
-    assert moe_language_models() == set(FAMILIES) | set(NOT_DONE)
-    assert not set(FAMILIES) & set(NOT_DONE)
+    assert moe_language_models() == set(FAMILIES) | set(UNSUPPORTED)
+    assert not set(FAMILIES) & set(UNSUPPORTED)
     assert biased_folders_without_language_model() == set(NOT_LANGUAGE_ONLY)
     assert written(DOCUMENT.read_text()) == DOCUMENT.read_text(), "run python tests/family_table.py"

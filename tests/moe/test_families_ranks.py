@@ -43,6 +43,12 @@ def gradient_difference(model: nn.Module, plain: nn.Module, world: int) -> tuple
     return max(found)
 
 
+def top_k_of(model: Any) -> int:
+    """The number of experts of each token."""
+    names = ("top_k_experts", "num_experts_per_tok")
+    return next(top_k for name in names if (top_k := getattr(model.config, name, 0)))
+
+
 def one_family(family: str, ep: int, last: float) -> dict[str, Any]:
     """What training on this rank's part of a batch differs by from one process that trains on all of it."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -63,6 +69,8 @@ def one_family(family: str, ep: int, last: float) -> dict[str, Any]:
         "gradient": worst,
         "gradient of": name,
         "load": torch.equal(balancer.load_LE, load_LE),
+        "slots": set(balancer.load_LE.sum(1).tolist()) == {whole["input_ids"].numel() * top_k_of(plain)},
+        "moved": not torch.equal(balancer.bias_LE, before_LE),
         "rule": torch.equal(balancer.bias_LE, update_bias(before_LE, load_LE, rate=RATE)),
         "bias": balancer.bias_LE.tolist(),
     }
@@ -96,7 +104,8 @@ def test_sharded_family_equals_one_process(by_case: dict[str, list[dict[str, Any
 def test_bias_moves_by_the_rule_and_alike_on_all_ranks(
     by_case: dict[str, list[dict[str, Any]]], case: str, family: str
 ) -> None:
-    assert all(result[family]["load"] and result[family]["rule"] for result in by_case[case])
+    laws = ("load", "slots", "rule", "moved")
+    assert all(result[family][law] for result in by_case[case] for law in laws)
     assert all(result[family]["bias"] == by_case[case][0][family]["bias"] for result in by_case[case])
 
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from alfb_dist.balance.router import RouterSpec
-from alfb_dist.moe.families.probe import find_spec
-from alfb_dist.moe.gate import AuxLosses, BalancedGate, Batch, balance_gate
+from alfb_dist.moe.batch import Batch
+from alfb_dist.moe.families.probe import probe_router
+from alfb_dist.moe.gate import AuxLosses, BalancedGate, balance_gate
 from alfb_dist.moe.parallelize import parallelize, watch
 
 
@@ -145,7 +146,7 @@ def test_gate_routes_as_its_family_does_known_or_not(router: type[DeepseekV3Topk
 def test_spec_of_a_family_is_found_whatever_its_weights_are(overrides: dict[str, Any], expected: RouterSpec) -> None:
     """Also where all weights are still 0 and the biases equal, in which every rule gives the same choice."""
     gate = DeepseekV3TopkRouter(tiny_config(**overrides))
-    assert find_spec(gate, "e_score_correction_bias") == expected
+    assert probe_router(gate, "e_score_correction_bias").spec == expected
     assert not gate.weight.any() and not gate.e_score_correction_bias.any()
 
 

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from alfb_dist.engine.balancer import Balancer
-from alfb_dist.moe.gate import AuxLosses, Batch, balance_gate, measure_loads
-from alfb_dist.moe.parallelize import padding_mask, parallelize
+from alfb_dist.moe.batch import Batch
+from alfb_dist.moe.batch_hooks import padding_mask
+from alfb_dist.moe.gate import AuxLosses, balance_gate, measure_loads
+from alfb_dist.moe.parallelize import parallelize
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

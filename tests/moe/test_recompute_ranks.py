@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from alfb_dist import parallelize
 from alfb_dist.moe.gate import BalancedGate
-from alfb_dist.moe.recompute import Run, SameChoice, SameRuns
+from alfb_dist.moe.recompute import Recording, ReplayedCheckpoint, ReplayedTopK
 
 MODES = {"non-reentrant": False, "reentrant": True}
-FAMILIES = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "nemotron_h"]
+FAMILIES = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "inkling_text", "llama4_text", "longcat_flash", "mixtral"]
+FAMILIES += ["nemotron_h"]
 """Routing of ours, of the family's own, and of the family's own with a bias in its top-k; all kinds of experts."""
 
 
@@ -86,26 +87,26 @@ def test_checkpointing_may_be_turned_on_later_and_off_and_a_copy_sees_its_own_ba
         loads = torch.stack([gate.pending_load_E for gate in gates(one)])
         assert torch.equal(loads, expected_load(plain, seen))
     functions = [m._gradient_checkpointing_func for m in model.model.layers[1:]]
-    assert all(isinstance(f, SameRuns) and not isinstance(f.inner, SameRuns) for f in functions)
+    assert all(isinstance(f, ReplayedCheckpoint) and not isinstance(f.inner, ReplayedCheckpoint) for f in functions)
     model.activation_checkpointing_disable()
     model(**PADDED[1]).loss.backward()
-    assert all(gate.batch.run is None for gate in gates(model))
+    assert all(gate.batch.recording is None for gate in gates(model))
 
 
 # A token that would go elsewhere the second time.
 
 
 def test_second_run_takes_the_ids_of_the_first_and_the_values_there() -> None:
-    run, scores = Run(()), torch.tensor([[0.5, 0.5 - 2**-20, 0.1], [0.1, 0.2, 0.3]])
-    with SameChoice(run, 3):
+    recording, scores = Recording(()), torch.tensor([[0.5, 0.5 - 2**-20, 0.1], [0.1, 0.2, 0.3]])
+    with ReplayedTopK(recording, 3):
         first = scores.topk(1)
         scores.T.topk(1)
-    run.next, moved = 0, scores + torch.tensor([0.0, 2**-10, 0.0])
+    recording.position, moved = 0, scores + torch.tensor([0.0, 2**-10, 0.0])
     assert moved.topk(1)[1].tolist() == [[1], [2]]
-    with SameChoice(run, 3):
+    with ReplayedTopK(recording, 3):
         second = moved.topk(1)
     assert first[1].tolist() == second[1].tolist() == [[0], [2]] and second[0].tolist() == [[0.5], [moved[1, 2].item()]]
-    assert moved.topk(1)[1].tolist() == [[1], [2]] and len(run.chosen) == 1
+    assert moved.topk(1)[1].tolist() == [[1], [2]] and len(recording.ids) == 1
 
 
 def flipped(model: nn.Module) -> list[int]:
@@ -122,11 +123,11 @@ def flipped(model: nn.Module) -> list[int]:
         return None
 
     def after(gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(seen[gate]) == 2 and gate.batch.run is not None:
-            run, gate.batch.run = gate.batch.run, None
+        if len(seen[gate]) == 2 and gate.batch.recording is not None:
+            recording, gate.batch.recording = gate.batch.recording, None
             with torch.no_grad():
                 free = type(gate).forward(gate, *args)
-            gate.batch.run = run
+            gate.batch.recording = recording
             flips[0] += int((free[-1 if len(free) > 2 else 0] != output[-1 if len(free) > 2 else 0]).sum())
 
     for gate in [m for m in model.modules() if isinstance(m, BalancedGate)]:

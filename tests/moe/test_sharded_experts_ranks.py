@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 from support.tiny import (
+    expert_parameters,
     full_weights,
     tiny_config,
     tiny_model,
@@ -22,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import alfb_dist
 from alfb_dist.moe.parallelize import parallelize
-from alfb_dist.moe.sharded_experts import ShardedExperts, expert_parameters, sharded_experts
+from alfb_dist.moe.sharded_experts import ShardedExperts, sharded_experts
 
 
 def shards_on_ranks() -> dict[str, Any]:

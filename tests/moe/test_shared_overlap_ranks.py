@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from alfb_dist.moe.dispatch import Sent, _Receive, _Send
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts
-from alfb_dist.moe.shared_overlap import RunsEarly, shared_to_run_early
+from alfb_dist.moe.shared_overlap import OverlappedSharedExperts, overlap_shared_experts
 
 AFTERWARDS = {"deepseek_v3", "dots1", "glm4_moe", "exaone_moe"}
 BEFORE = {"qwen2_moe", "hunyuan_v1_moe"}
@@ -31,7 +30,7 @@ WITHOUT = {"mixtral", "olmoe", "gpt_oss"}
 def test_only_shared_experts_that_are_asked_last_run_early(family: str) -> None:
     model = family_model(family)
     watch(model)
-    found = [shared_to_run_early(block.module, block.gate) for block in moe_blocks(model)]
+    found = [overlap_shared_experts(block.module, block.gate) for block in moe_blocks(model)]
     assert {shared and shared[1] for shared in found} == ({"shared_experts"} if family in AFTERWARDS else {None})
 
 
@@ -41,12 +40,12 @@ def test_none_run_early_where_no_rows_travel(options: dict[str, int]) -> None:
     assert [experts.shared for _, experts in sharded_experts(model)] == [None, None]
 
 
-def early_block() -> tuple[nn.Module, RunsEarly, Tensor]:
+def early_block() -> tuple[nn.Module, OverlappedSharedExperts, Tensor]:
     """A block, its shared experts, which ran early on the tokens, and the tokens, (1, T, D)."""
     model = tiny_model(1)
     watch(model)
     first = next(moe_blocks(model))
-    block, name = shared_to_run_early(first.module, first.gate)
+    block, name = overlap_shared_experts(first.module, first.gate)
     shared, x = block.get_submodule(name), torch.randn(1, 5, 24, requires_grad=True) * 1
     shared.run_early(x.view(5, 24))
     return block, shared, x
@@ -95,7 +94,7 @@ class Normed(nn.Module):
 def test_shared_experts_that_are_asked_with_something_else_do_not_run_early(given: str) -> None:
     block, _, _ = early_block()
     block.register_module("normed", Normed(block, given))
-    assert shared_to_run_early(block.normed, block.gate) is None
+    assert overlap_shared_experts(block.normed, block.gate) is None
 
 
 def test_a_block_that_ends_early_leaves_nothing() -> None:
@@ -133,12 +132,6 @@ def run_order() -> list[str]:
     return order_of(model, tiny_batch(dist.get_rank(), 2, 5))
 
 
-def test_they_run_between_sending_and_receiving_in_both_directions(tmp_path: Path) -> None:
-    forward = ["send", "shared", "receive"]
-    backward = ["receive backward", "shared backward", "send backward"]
-    assert run_ranks(2, run_order, folder=tmp_path) == [forward + backward] * 2
-
-
 def fail_once() -> bool:
     """An error of the shared experts, caught by the caller, does not leave the ranks in the middle of an exchange."""
     model = parallelize(tiny_model(3), ep_degree=2).eval()
@@ -152,10 +145,6 @@ def fail_once() -> bool:
     return torch.equal(model(**batch).logits, expected)
 
 
-def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(tmp_path: Path) -> None:
-    assert run_ranks(2, fail_once, folder=tmp_path) == [True, True]
-
-
 def infer() -> bool:
     """Inference mode, in which tensors do not tell of changes, gives what no_grad gives."""
     model = parallelize(tiny_model(3), ep_degree=2).eval()
@@ -164,10 +153,6 @@ def infer() -> bool:
         expected = model(**batch).logits
     with torch.inference_mode():
         return torch.equal(model(**batch).logits, expected)
-
-
-def test_inference_mode_works(tmp_path: Path) -> None:
-    assert run_ranks(2, infer, folder=tmp_path) == [True, True]
 
 
 def dispatches_alive() -> tuple[int, int]:
@@ -186,10 +171,6 @@ def dispatches_alive() -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def test_nothing_of_a_dispatch_outlives_its_graph(tmp_path: Path) -> None:
-    assert run_ranks(2, dispatches_alive, folder=tmp_path) == [(0, 0), (0, 0)]
-
-
 def start_twice() -> str:
     exchange, rows = Exchange(dist.group.WORLD), torch.ones(2, 3)
     exchange.start([(rows, None)], [1, 1])
@@ -198,6 +179,35 @@ def start_twice() -> str:
     return str(error.value)
 
 
-def test_a_second_start_is_refused(tmp_path: Path) -> None:
-    told = run_ranks(2, start_twice, folder=tmp_path)
-    assert told == ["an exchange was started before the one before it was finished"] * 2
+def on_two_ranks() -> dict[str, Any]:
+    """The first looks at all of the process's memory, the last two leave something behind."""
+    return {run.__name__: run() for run in (dispatches_alive, infer, fail_once, run_order, start_twice)}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank, the result of each run by its name."""
+    return run_ranks(2, on_two_ranks, folder=tmp_path_factory.mktemp("ranks"))
+
+
+def test_they_run_between_sending_and_receiving_in_both_directions(seen: list[dict[str, Any]]) -> None:
+    forward = ["send", "shared", "receive"]
+    backward = ["receive backward", "shared backward", "send backward"]
+    assert [rank["run_order"] for rank in seen] == [forward + backward] * 2
+
+
+def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(seen: list[dict[str, Any]]) -> None:
+    assert [rank["fail_once"] for rank in seen] == [True, True]
+
+
+def test_inference_mode_works(seen: list[dict[str, Any]]) -> None:
+    assert [rank["infer"] for rank in seen] == [True, True]
+
+
+def test_nothing_of_a_dispatch_outlives_its_graph(seen: list[dict[str, Any]]) -> None:
+    assert [rank["dispatches_alive"] for rank in seen] == [(0, 0), (0, 0)]
+
+
+def test_a_second_start_is_refused(seen: list[dict[str, Any]]) -> None:
+    refusals = [rank["start_twice"] for rank in seen]
+    assert refusals == ["an exchange was started before the one before it was finished"] * 2

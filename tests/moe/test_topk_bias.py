@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.balance.router import RouterSpec
-from alfb_dist.moe.families.probe import find_choice, find_rule
-from alfb_dist.moe.gate import AuxLosses, Batch, balance_gate
-from alfb_dist.moe.topk_bias import BiasedChoice, Choice
+from alfb_dist.moe.batch import Batch
+from alfb_dist.moe.families.probe import probe_router, probe_top_k
+from alfb_dist.moe.gate import AuxLosses, balance_gate
+from alfb_dist.moe.topk_bias import BiasedTopK, TopKSpec
 
 SCORES = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
 BIAS = torch.tensor([0.0, -0.4, 0.2, 0.0])
@@ -27,9 +28,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_choice_is_by_score_and_bias_and_the_values_are_unbiased(call: str) -> None:
     scores = SCORES.clone().requires_grad_()
-    with BiasedChoice(BIAS, of_logits=False) as choice:
+    with BiasedTopK(BIAS, of_logits=False) as top_k:
         values, ids = CALLS[call](scores)
-    assert ids.tolist() == [[0, 2], [2, 3]] and torch.equal(choice.ids_TK, ids)
+    assert ids.tolist() == [[0, 2], [2, 3]] and torch.equal(top_k.ids_TK, ids)
     assert values.tolist() == SCORES.gather(1, ids).tolist()
     values.sum().backward()
     assert scores.grad.tolist() == [[1, 0, 1, 0], [0, 0, 1, 1]]
@@ -38,7 +39,7 @@ def test_choice_is_by_score_and_bias_and_the_values_are_unbiased(call: str) -> N
 
 def test_logits_are_biased_by_their_softmax_and_handed_on_as_they_are() -> None:
     logits = SCORES.log() + 3
-    with BiasedChoice(BIAS, of_logits=True):
+    with BiasedTopK(BIAS, of_logits=True):
         values, ids = logits.topk(2)
     assert ids.tolist() == [[0, 2], [2, 3]] and torch.equal(values, logits.gather(1, ids))
 
@@ -46,7 +47,7 @@ def test_logits_are_biased_by_their_softmax_and_handed_on_as_they_are() -> None:
 def test_logits_in_16_bits_are_ranked_by_what_they_are_in_float32() -> None:
     """A softmax in 16 bits would round scores that differ to the same."""
     logits = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with BiasedChoice(BIAS, of_logits=True):
+    with BiasedTopK(BIAS, of_logits=True):
         values, ids = logits.topk(2)
     expected = (logits.double().softmax(-1) + BIAS.double()).topk(2)[1]
     assert torch.equal(ids, expected) and values.dtype == torch.bfloat16
@@ -63,10 +64,10 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_top_ks_are_left_alone_and_counted(other: str) -> None:
-    with BiasedChoice(BIAS, of_logits=False) as choice:
+    with BiasedTopK(BIAS, of_logits=False) as top_k:
         got = OTHERS[other](SCORES)
     assert torch.equal(got[1], OTHERS[other](SCORES)[1])
-    assert choice.num_calls == 1 and choice.ids_TK is None
+    assert top_k.num_calls == 1 and top_k.ids_TK is None
 
 
 class Gate(nn.Module):
@@ -127,17 +128,17 @@ def all_outputs(logits: Tensor) -> Any:
 
 
 FORMS = [
-    (of_probabilities, Choice(False, 1)),
-    (of_logits, Choice(True, 1)),
-    (dense, Choice(True, 0)),
-    (of_one, Choice(True, 1)),
+    (of_probabilities, TopKSpec(False, 1)),
+    (of_logits, TopKSpec(True, 1)),
+    (dense, TopKSpec(True, 0)),
+    (of_one, TopKSpec(True, 1)),
 ]
 FORMS += [(weigh, None) for weigh in (in_two_steps, at_random, of_fewer, over_tokens, all_outputs)]
 
 
 @pytest.mark.parametrize(("weigh", "expected"), FORMS)
-def test_how_a_gate_chooses_is_found_by_trying(weigh: Callable[[Tensor], Any], expected: Choice | None) -> None:
-    assert find_choice(Gate(weigh)) == expected
+def test_how_a_gate_chooses_is_found_by_trying(weigh: Callable[[Tensor], Any], expected: TopKSpec | None) -> None:
+    assert probe_top_k(Gate(weigh)) == expected
 
 
 @pytest.mark.parametrize(("weigh", "expected"), FORMS)
@@ -162,5 +163,5 @@ def test_our_routing_does_not_stand_in_for_a_gate_with_something_that_is_0_in_a_
     if not with_bias:
         del gate.logit_bias
         gate.logit_bias = torch.zeros(8)  # neither parameter nor buffer: it stays 0
-    spec, fast = find_rule(gate, "selection_bias", gate)
-    assert spec == RouterSpec(2, "softmax", normalize=False, descending=spec.descending) and fast is not with_bias
+    spec, exact = probe_router(gate, "selection_bias")
+    assert spec == RouterSpec(2, "softmax", normalize=False, descending=spec.descending) and exact is not with_bias

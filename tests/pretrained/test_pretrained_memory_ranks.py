@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from support.ranks import run_ranks
-from support.tiny import tiny_model
+from support.tiny import expert_parameters, tiny_model
 
 import alfb_dist
-from alfb_dist.moe.sharded_experts import expert_parameters
 
 MIB = 1 << 20
 SIZES = {

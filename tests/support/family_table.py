@@ -16,7 +16,8 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from alfb_dist import parallelize
-from alfb_dist.moe.families.blocks import NOT_DONE, moe_blocks
+from alfb_dist.moe.families.blocks import UNSUPPORTED, moe_blocks
+from alfb_dist.moe.routing import SpecRouter
 from alfb_dist.pretrained.outputs import plan_outputs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
@@ -86,7 +87,7 @@ def family_row(family: str) -> str:
             f"`{holder}.{block.bias_name}`, ".replace("`.", "`") + ("added" if block.added else "native"),
             f"{form}{surplus}",
             "fast" if experts.part is None else "general",
-            "ours" if block.gate.fast else "the family's",
+            "ours" if isinstance(block.gate.router, SpecRouter) else "the family's",
             "yes" if block.gate.spec is not None else "no",
             "in the model" if trains_mtp(family) else "none",
             files(family),
@@ -105,7 +106,7 @@ def tables() -> Iterator[str]:
     yield ""
     yield _row(["family", "not done, because"])
     yield _row(["---"] * 2)
-    yield from (_row([f"`{family}`", reason]) for family, reason in sorted(NOT_DONE.items()))
+    yield from (_row([f"`{family}`", reason]) for family, reason in sorted(UNSUPPORTED.items()))
     yield from (_row([f"`{folder}`", "not a causal language model; not tested"]) for folder in NOT_LANGUAGE_ONLY)
 
 

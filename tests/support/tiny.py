@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from alfb_dist.moe.parallelize import watch
+from alfb_dist.moe.sharded_experts import sharded_experts
 
 VOCAB, TOP_K = 61, 4
 GROUP_LIMITED: dict[str, int] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
@@ -140,6 +141,11 @@ def _shards(model: nn.Module) -> dict[str, Any]:
         if getattr(module, "grid", None) is not None
         for name, _ in module.named_parameters()
     }
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that differ between the ranks of an expert-parallel group."""
+    return [p for _, experts in sharded_experts(model) for p in experts.parameters()]
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:

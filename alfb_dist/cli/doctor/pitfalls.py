@@ -146,11 +146,11 @@ def judge_source(source: str, exists: bool) -> Result | None:
 def gate_score(config: Config) -> tuple[str | None, int]:
     """Which scores the model's gates give, None for others than a sigmoid's or softmax's, and over how many experts."""
     from alfb_dist.moe.families.blocks import moe_blocks, num_choices
-    from alfb_dist.moe.families.probe import find_spec
+    from alfb_dist.moe.families.probe import probe_router
     from alfb_dist.training.model import meta_model
 
     block = next(moe_blocks(meta_model(config)))
-    spec = find_spec(block.gate, block.bias_name, block.holder)
+    spec = probe_router(block.gate, block.bias_name, block.holder).spec
     bias = getattr(block.holder, block.bias_name, None)
     return None if spec is None else spec.score, num_choices(block.gate, bias)
 

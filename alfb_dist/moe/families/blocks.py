@@ -15,7 +15,7 @@ ADDED_BIAS = "selection_bias"
 """The name in the gate of a selection bias that the family does not have, and gets here."""
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", ADDED_BIAS)
 
-NOT_DONE = {
+UNSUPPORTED = {
     "dbrx": "its experts are rows of one matrix, and it chooses them outside of its router",
     "jetmoe": "its experts stand in no module of their own, and its attention is a mixture of experts too",
     "phimoe": "in training it draws its experts at random (SparseMixer), so there is no choice that a bias could move",
@@ -24,11 +24,11 @@ NOT_DONE = {
 """Why families of MoE language models are refused, by transformers' model type. The others are found by structure."""
 
 
-def check_done(model: nn.Module) -> None:
+def check_supported(model: nn.Module) -> None:
     """Nothing, or ValueError if the model is of a family that cannot be done."""
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if family in NOT_DONE:
-        raise ValueError(f"{type(model).__name__} ({family}) cannot be balanced: {NOT_DONE[family]}")
+    if family in UNSUPPORTED:
+        raise ValueError(f"{type(model).__name__} ({family}) cannot be balanced: {UNSUPPORTED[family]}")
 
 
 @dataclass(frozen=True)

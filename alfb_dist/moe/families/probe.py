@@ -1,37 +1,24 @@
-"""The rule that a family's gate follows, found by trying the gate on random tokens, weights and biases."""
+"""How a family's gate routes, found by trying the gate on random tokens, weights and biases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from alfb_dist.balance.router import RouterSpec, choose_experts, combine_weights, gate_scores
+from alfb_dist.balance.router import RouterSpec, float32_logits, weights_and_ids
 from alfb_dist.moe.families.blocks import num_choices, score_matrix
-from alfb_dist.moe.topk_bias import BiasedChoice, Choice
-
-CPU = torch.device("cpu")
-"""Where trials run, also while a model is built without memory."""
-
-
-def float32_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
-    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    return nn.functional.linear(x_TD.to(torch.float32), weight_ED.to(torch.float32))
-
-
-def weights_and_ids(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    scores_TE = gate_scores(logits_TE, spec)
-    ids_TK = choose_experts(scores_TE.detach(), bias_E, spec)
-    return combine_weights(scores_TE, ids_TK, spec), ids_TK
+from alfb_dist.moe.families.experts import CPU, FAILURES
+from alfb_dist.moe.topk_bias import BiasedTopK, TopKSpec
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a gate makes of random tokens, with a random weight and bias of the given type."""
+    """A gate's outputs for random tokens, with a random weight and bias."""
 
     x_TD: Tensor
     weight_ED: Tensor
@@ -55,13 +42,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _others(gate: Any, like: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random positive values for all that the gate holds, of which much is 0 or 1 in a new model and hardly shows."""
-    held = [(name, p, like) for name, p in gate.named_parameters()]
+def _random_state(gate: Any, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return random positive values for all that the gate holds, of which much is 0 or 1 in a new model and would not
+    show."""
+    held = [(name, p, dtype) for name, p in gate.named_parameters()]
     held += [(name, b, b.dtype) for name, b in gate.named_buffers() if b.is_floating_point()]
     return {
-        name: (torch.rand(x.shape, generator=generator, device=CPU) + 0.5).to(_device(x), dtype)
-        for name, x, dtype in held
+        name: (torch.rand(x.shape, generator=generator, device=CPU) + 0.5).to(_device(x), kind)
+        for name, x, kind in held
     }
 
 
@@ -69,28 +57,30 @@ def _device(x: Tensor) -> torch.device:
     return CPU if x.device.type == "meta" else x.device
 
 
-def _replaced(gate: Any, name: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Random tokens, and random values for all that the gate holds; `name` is the matrix that gives the logits."""
+def _random_case(
+    gate: Any, name: str, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return random tokens, and random values for all that the gate holds; `name` is the matrix of the logits."""
     weight_ED = gate.get_parameter(name)
     device = _device(weight_ED)
     x_TD = torch.randn(64, weight_ED.shape[1], generator=generator, device=CPU).to(device, dtype)
     random_ED = torch.randn(weight_ED.shape, generator=generator, device=CPU) / weight_ED.shape[1] ** 0.5
-    return x_TD, {**_others(gate, dtype, generator), name: random_ED.to(device, dtype)}
+    return x_TD, {**_random_state(gate, dtype, generator), name: random_ED.to(device, dtype)}
 
 
-def _called(gate: Any, replaced: dict[str, Tensor], x_TD: Tensor, *given: Tensor) -> Iterator[tuple[Any, ...]]:
-    """What the gate makes of the tokens, in the shapes in which it takes them."""
+def _outputs(gate: Any, state: dict[str, Tensor], x_TD: Tensor, *given: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield the gate's outputs for the tokens, in each shape in which it takes them."""
     for x in (x_TD, x_TD.unflatten(0, (4, 16))):
         try:
-            outputs = functional_call(gate, replaced, (x, *given))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            outputs = functional_call(gate, state, (x, *given))
+        except FAILURES:
             continue
         if isinstance(outputs, tuple):
             yield outputs
 
 
 def _try(gate: Any, bias_name: str, holder: nn.Module, dtype: torch.dtype, shift: float) -> _Trial | None:
-    """A trial of the gate, or None if it is called in another way than we know or returns other things.
+    """Return a trial of the gate, or None if it takes or returns something unknown.
 
     shift: the middle of the biases; -2 makes all biased scores negative.
     """
@@ -99,44 +89,45 @@ def _try(gate: Any, bias_name: str, holder: nn.Module, dtype: torch.dtype, shift
     if name is None:
         return None
     generator = torch.Generator(CPU).manual_seed(0)
-    x_TD, replaced = _replaced(gate, name, dtype, generator)
+    x_TD, state = _random_case(gate, name, dtype, generator)
     given = []
     if bias is not None:
         bias = (torch.randn(bias.shape, generator=generator, device=CPU) + shift).to(x_TD.device)
         prefixes = [prefix for prefix, module in gate.named_modules() if module is holder]
         if prefixes:
-            replaced[f"{prefixes[0]}.{bias_name}".lstrip(".")] = bias
-        else:  # the block holds the bias and hands it to the gate
+            state[f"{prefixes[0]}.{bias_name}".lstrip(".")] = bias
+        else:  # the block holds the bias and passes it to the gate
             given.append(bias)
-    for outputs in _called(gate, replaced, x_TD, *given):
+    for outputs in _outputs(gate, state, x_TD, *given):
         if len(outputs) >= 3 and outputs[2].shape[0] == 64:
-            return _Trial(x_TD, replaced[name], bias, outputs)
+            return _Trial(x_TD, state[name], bias, outputs)
     return None
 
 
 @torch.no_grad()
-def find_choice(gate: Any) -> Choice | None:
-    """How a gate without a bias chooses, or None unless it takes one top-k over its experts, for each token, and that
-    decides one of its outputs."""
+def probe_top_k(gate: Any) -> TopKSpec | None:
+    """Return how a gate without a bias chooses, or None unless it takes one top-k over its experts for each token and
+    that decides one of its outputs."""
     name, num_experts = score_matrix(gate, num_choices(gate, None)), num_choices(gate, None)
     if name is None:
         return None
     generator = torch.Generator(CPU).manual_seed(0)
-    x_TD, replaced = _replaced(gate, name, torch.float32, generator)
+    x_TD, state = _random_case(gate, name, torch.float32, generator)
     bias_E = torch.randn(num_experts, generator=generator, device=CPU).to(x_TD.device) * 4
     seen = []
     for one_E in (bias_E * 0, bias_E):
-        with BiasedChoice(one_E, of_logits=False) as choice:
-            outputs = next(_called(gate, replaced, x_TD), None)
-        if outputs is None or choice.num_calls != 1 or choice.ids_TK is None or len(choice.ids_TK) != len(x_TD):
+        with BiasedTopK(one_E, of_logits=False) as top_k:
+            outputs = next(_outputs(gate, state, x_TD), None)
+        if outputs is None or top_k.num_calls != 1 or top_k.ids_TK is None or len(top_k.ids_TK) != len(x_TD):
             return None
-        seen.append((outputs, choice.ids_TK, choice.ranked_TE))
+        seen.append((outputs, top_k.ids_TK, top_k.ranked_TE))
     (plain, _, ranked_TE), (biased, ids_TK, _) = seen
     changed = {i for i, (a, b) in enumerate(zip(plain, biased)) if _differ(a, b)}
-    # Weights of the one chosen expert may be 1 whichever it is.
+    # The weight of a single chosen expert may be 1 whichever it is.
     at = {1} if len(biased) > 2 and torch.equal(biased[2], ids_TK) else changed
     assert ranked_TE is not None
-    return Choice(bool(ranked_TE.min() < 0 or ranked_TE.max() > 1), *at) if len(at) == 1 and changed <= at else None
+    of_logits = bool(ranked_TE.min() < 0 or ranked_TE.max() > 1)
+    return TopKSpec(of_logits, *at) if len(at) == 1 and changed <= at else None
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -144,7 +135,7 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _specs(gate: Any) -> Iterator[RouterSpec]:
-    """The rules that the gate may follow, the likely ones first."""
+    """Yield the rules that the gate may follow, the likely ones first."""
     num_groups = getattr(gate, "num_group", None) or getattr(gate, "n_group", None) or 1
     group_limit = getattr(gate, "topk_group", None) or 1
     names = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
@@ -155,20 +146,23 @@ def _specs(gate: Any) -> Iterator[RouterSpec]:
                 yield RouterSpec(gate.top_k, score, num_groups, group_limit, normalize, scaling, descending)
 
 
+class RouterProbe(NamedTuple):
+    """What a probe of a gate found."""
+
+    spec: RouterSpec | None  # the rule by which its logits become its weights and ids bit for bit, if it is one of ours
+    exact: bool  # whether our whole routing, logits included, equals its forward in float32 and in bfloat16
+
+
 @torch.no_grad()
-def find_rule(gate: Any, bias_name: str, holder: nn.Module) -> tuple[RouterSpec | None, bool]:
-    """The gate's rule, and whether our whole routing equals the gate's own in float32 and in bfloat16."""
+def probe_router(gate: Any, bias_name: str, holder: nn.Module | None = None) -> RouterProbe:
+    """Find the rule by which a gate routes. holder: the module with the bias, the gate unless given."""
     if not isinstance(getattr(gate, "top_k", None), int):
-        return None, False
+        return RouterProbe(None, False)
+    holder = gate if holder is None else holder
     trials = [_try(gate, bias_name, holder, torch.float32, shift) for shift in (-0.5, -2.0)]
     wide = [trial for trial in trials if trial is not None]
     spec = next((spec for spec in _specs(gate) if all(trial.follows(spec) for trial in wide)), None) if wide else None
     if spec is None or not all(trial.equals(spec) for trial in wide):
-        return spec, False
+        return RouterProbe(spec, False)
     narrow = _try(gate, bias_name, holder, torch.bfloat16, -0.5)
-    return spec, narrow is not None and narrow.equals(spec)
-
-
-def find_spec(gate: nn.Module, bias_name: str, holder: nn.Module | None = None) -> RouterSpec | None:
-    """The rule by which the gate's logits become its weights and ids bit for bit, or None if it is none of ours."""
-    return find_rule(gate, bias_name, holder or gate)[0]
+    return RouterProbe(spec, narrow is not None and narrow.equals(spec))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.tiny import full_gradients, gates, tiny_batch
-from test_aux_loss import ALPHA, TOP_K, assert_adds, make_model, mask_of, slow_batch_loss, slow_sequence_loss
+from support.aux_losses import ALPHA, assert_adds, make_model, mask_of, slow_batch_loss, slow_sequence_loss
+from support.ranks import run_ranks
+from support.tiny import TOP_K, full_gradients, gates, tiny_batch
 from torch import Tensor
 
 from alfb_dist.moe.parallelize import parallelize
@@ -44,8 +45,6 @@ def mean_gradients() -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def by_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    from support.ranks import run_ranks
-
     return run_ranks(WORLD, mean_gradients, folder=tmp_path_factory.mktemp("ranks"))[0]
 
 
