@@ -1,4 +1,4 @@
-"""The product's own layer and training step for benchmarks, built by the path that users take; and `alfb bench`."""
+"""`alfb bench`, and the layer and the training step for other benchmarks, built by the path that users take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def moe_layer(
     case: Any, weights: dict[str, Tensor], world: Any
 ) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]:
-    """(forward, parameters) of one sigmoid-gated MoE block over `world.size` expert-parallel ranks.
+    """Return (forward, parameters) of one sigmoid-gated MoE block over `world.size` expert-parallel ranks.
 
     case: tokens, hidden, inter, experts, topk. weights: gate (E, D), gate_up (E, 2F, D), down (E, D, F), shared_gate
     and shared_up (F, D), shared_down (D, F). forward: (1, T, D) to the same shape; collective.
@@ -25,7 +25,7 @@ def moe_layer(
 
 
 def train_step(model: nn.Module, ids: Tensor, lr: float, world: Any) -> Callable[[], Tensor]:
-    """A function that takes one optimizer step on `ids` (B, S) through the engine and returns the loss; collective."""
+    """Return a function that takes a step on `ids` (B, S) through the engine and returns the loss; collective."""
     from alfb_dist.engine.initialize import initialize, quiet
 
     quiet()

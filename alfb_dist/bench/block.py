@@ -1,4 +1,4 @@
-"""transformers' MoE block, which is what every contestant starts from."""
+"""transformers' MoE block, from which every contestant is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 def transformers_block(case: Any, weights: dict[str, Tensor], implementation: str = "eager") -> nn.Module:
-    """transformers' own DeepSeek-V3 block with the weights."""
+    """Build transformers' DeepSeek-V3 block with the given weights.
+
+    implementation: transformers' name of how the experts are computed.
+    """
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 

@@ -1,4 +1,4 @@
-"""The contestants of a benchmark, all with the same weights, and the products that none of them can do without."""
+"""The contestants of a benchmark, all with the same weights, and the bare matrix products as their lower bound."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alfb_dist.distributed.collectives import group_rank, size, world_group
 
 OURS = "alfb_dist"
 THEIRS = {"transformers eager": "eager", "transformers grouped_mm": "grouped_mm"}
-"""Names, and transformers' names of its expert implementations. On several ranks each holds all experts."""
+"""transformers' expert implementations by the contestant's name. On several ranks each rank holds all experts."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where a contestant runs."""
+    """The number of ranks, and which of them this process is."""
 
     size: int
     rank: int
@@ -29,14 +29,14 @@ class World:
 
 @dataclass(frozen=True)
 class Run:
-    """One forward, and the backward of what it returned."""
+    """A forward pass, and the backward pass of what it returned."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any]
 
 
 def make_weights(case: Case, seed: int = 0) -> dict[str, Tensor]:
-    """float32 weights of the block, the same on every rank. Rows of the gate have norm 1: logits are N(0, 1)."""
+    """Draw float32 weights of the block, equal on every rank. Rows of the gate have norm 1, so logits are N(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -56,7 +56,7 @@ def make_weights(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 
 def make_tokens(case: Case, weights: dict[str, Tensor], rank: int) -> Tensor:
-    """float32 (1, T, D): this rank's tokens, routed as the case says."""
+    """Draw this rank's tokens, float32 (1, T, D), so that they are routed as the case says."""
     generator = torch.Generator().manual_seed(1000 + rank)
     x_TD = torch.randn(case.tokens, case.hidden, generator=generator)
     hot_T1 = torch.rand(case.tokens, 1, generator=generator) < 0.5
@@ -68,7 +68,7 @@ def make_tokens(case: Case, weights: dict[str, Tensor], rank: int) -> Tensor:
 
 
 def build(name: str, case: Case, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """The contestant's block on the device in the case's type; collective for ours."""
+    """Build the contestant's block on the device, in the case's dtype; collective for ours."""
     block: Any
     if name == OURS:
         group = world_group()
@@ -78,8 +78,8 @@ def build(name: str, case: Case, weights: dict[str, Tensor], device: torch.devic
     return block.to(device=device, dtype=getattr(torch, case.dtype))
 
 
-def run_of(block: nn.Module, x: Tensor, grad: Tensor) -> Run:
-    """Forward and backward of a block on its tokens, without what an earlier one left."""
+def make_run(block: nn.Module, x: Tensor, grad: Tensor) -> Run:
+    """Return the block's forward and backward on `x`; each forward first drops the gradients of the one before."""
     parameters = list(block.parameters())
 
     def forward() -> Any:
@@ -92,7 +92,7 @@ def run_of(block: nn.Module, x: Tensor, grad: Tensor) -> Run:
 
 
 def products(case: Case, device: torch.device) -> Run:
-    """As many multiply-adds as the block has on each rank, in few dense products: what its time is compared with."""
+    """Return dense matrix products with as many multiply-adds as the block has on each rank."""
     shapes = [
         (case.rows, case.hidden, 2 * case.inter),
         (case.rows, case.inter, case.hidden),

@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward, and the most memory that both take."""
+"""The memory that a forward keeps for its backward, and the peak of both."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from alfb_dist.cpu import allocator as arena
 
 
 def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """The tensors in a value and in what it holds, so deep."""
+    """Yield the tensors in a value and in the containers inside it, down to `depth` levels."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, (list, tuple, set)):
-        for one in value:
-            yield from tensors_in(one, depth - 1)
+        for item in value:
+            yield from tensors_in(item, depth - 1)
     elif depth and isinstance(value, dict):
         yield from tensors_in(list(value.values()), depth)
     elif depth and is_dataclass(value) and not isinstance(value, type):
@@ -32,7 +32,7 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def _attributes(out: Tensor) -> Iterator[Tensor]:
-    """Tensors that autograd Functions have put on their contexts, past `save_for_backward`."""
+    """Yield the tensors that autograd Functions keep as attributes of their contexts instead of saving them."""
     waiting: list[Node | None] = [out.grad_fn]
     seen: set[Node] = set()
     while waiting:
@@ -45,7 +45,7 @@ def _attributes(out: Tensor) -> Iterator[Tensor]:
 
 
 def kept_bytes(run: Run, not_counted: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that a forward keeps for its backward, apart from those of `not_counted`."""
+    """Return the bytes of distinct storages that a forward keeps for its backward, without those of `not_counted`."""
     saved: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ def kept_bytes(run: Run, not_counted: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(run: Run) -> int:
-    """The most bytes that a forward and its backward had allocated at a time, beyond what was there before.
+    """Return the most bytes that a forward and its backward had allocated at a time, beyond those before.
 
-    Torch's and the arena's are counted apart and added, which is too much if they are not most at the same time.
+    The peaks of torch and of the arena are added, an upper bound if they do not fall together.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "trace.json")
         arena.grown()
         with profile(activities=activities, profile_memory=True) as recorded:
             run.backward(run.forward())

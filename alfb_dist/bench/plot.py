@@ -1,4 +1,4 @@
-"""A benchmark's figures as a page: bars for one case, lines for a scaling."""
+"""The page of a benchmark: bars for one case, lines for a scaling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STYLES = {OURS: "main", "transformers grouped_mm": "second", "transformers eage
 
 
 def bars(figures: Figures) -> str:
-    """A bar for each contestant, as long as its median time over the bare products', with its range."""
+    """Draw a bar for each contestant: its median time over that of the bare products, with its range."""
     found = sorted(figures["results"].items(), key=lambda item: item[1]["ratio"]["median"])
     axis = Axis(0.0, 1.05 * max(one["ratio"]["max"] for _, one in found), _LEFT, _WIDTH - _RIGHT)
     height = _ROW * len(found) + 40
@@ -44,7 +44,7 @@ def bars(figures: Figures) -> str:
 
 
 def lines(all_figures: list[Figures], axis: str) -> str:
-    """Two charts: milliseconds, and the ratio to the bare products, over the values of the axis."""
+    """Draw milliseconds, and the ratio to the bare products, over the values of the axis."""
     x = np.array([figures["case"][axis] for figures in all_figures], dtype=np.float64)
 
     def chart(heading: str, note: str, y_label: str, key: str, names: list[str]) -> str:
@@ -62,11 +62,11 @@ def lines(all_figures: list[Figures], axis: str) -> str:
     names = [name for name in _STYLES if name in all_figures[0]["results"]]
     fixed = title(all_figures[0])
     return chart(f"time by {axis}", f"{fixed}; {axis} varies", "milliseconds", "ms", names) + chart(
-        f"times the bare products by {axis}", "1 is what matrix products alone take", "ratio", "ratio", names[:-1]
+        f"times the bare products by {axis}", "1 is the time of the bare matrix products", "ratio", "ratio", names[:-1]
     )
 
 
 def document(all_figures: list[Figures], axis: str | None, facts: str) -> str:
-    """The whole page."""
+    """Return the whole page as HTML; with an axis, for a scaling."""
     body = lines(all_figures, axis) if axis else "".join(bars(figures) for figures in all_figures)
     return page("alfb bench", f"<header><h1>alfb bench</h1><p>{escape(facts)}</p></header>{body}")

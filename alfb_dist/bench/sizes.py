@@ -1,4 +1,4 @@
-"""The sizes of a benchmark: one MoE block, how its tokens are routed, and what grows in a scaling table."""
+"""The sizes of a benchmark: one MoE block, how its tokens are routed, and which sizes `--scaling` varies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 ROUTINGS = ("balanced", "hot_expert", "hot_rank")
 FLOOR = "products alone"
-"""The contestant that all are compared with: the block's matrix products and nothing else."""
+"""What all contestants are compared with: the block's matrix products and nothing else."""
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = {
     "experts": (16, 32, 64, 128, 256, 512),
@@ -14,15 +14,15 @@ AXES = {
     "tokens": (512, 1024, 2048, 4096, 8192),
     "ranks": (1, 2, 4, 8),
 }
-"""What `--scaling` varies, and the values that it takes unless told others."""
+"""The sizes that `--scaling` can vary, each with its default values."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One MoE block: `tokens` on each rank, SwiGLU experts of width `inter`, one shared expert.
 
-    routing: "balanced" is random and even; "hot_expert": half of the tokens choose expert 0; "hot_rank": half of the
-    tokens choose experts of the first half only.
+    routing: "balanced" is random and even; in "hot_expert" half of the tokens choose expert 0, in "hot_rank" half of
+    the tokens choose only experts of the first half.
     """
 
     tokens: int = 2048
@@ -36,11 +36,11 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Routed rows on each rank: a token counts once for each of its experts."""
+        """Routed rows on each rank, one for each expert of each token."""
         return self.tokens * self.topk
 
     def check(self) -> None:
-        """Nothing, or ValueError naming the first field that is wrong."""
+        """Raise ValueError naming the first field that is out of range."""
         for name in ("tokens", "hidden", "inter", "experts", "topk", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -58,7 +58,7 @@ class Case:
             raise ValueError(f"experts ({self.experts}) must be divisible by ranks ({self.ranks})")
 
     def describe(self) -> str:
-        """The sizes in one line."""
+        """Return the sizes in one line."""
         return (
             f"{self.tokens} tokens a rank, hidden {self.hidden}, inter {self.inter}, {self.experts} experts, "
             f"top {self.topk}, {self.ranks} rank(s), {self.routing}, {self.dtype}"
@@ -66,19 +66,19 @@ class Case:
 
 
 def scaled(case: Case, axis: str, values: list[int] | None, cores: int) -> list[Case]:
-    """The case with each value of the axis that it allows; ValueError for a value asked for that it does not.
+    """Return the case with each value of the axis; without `values`, with each of AXES that is valid for it.
 
-    By default there are no more ranks than cores.
+    By default there are no more ranks than cores. Raises ValueError if one of `values` is not valid.
     """
     cases = [replace(case, **{axis: value}) for value in values or AXES[axis]]  # type: ignore[arg-type]
     if values:
-        for one in cases:
-            one.check()
+        for scaled_case in cases:
+            scaled_case.check()
         return cases
-    return [one for one in cases if _allowed(one) and (axis != "ranks" or one.ranks <= cores)]
+    return [c for c in cases if _valid(c) and (axis != "ranks" or c.ranks <= cores)]
 
 
-def _allowed(case: Case) -> bool:
+def _valid(case: Case) -> bool:
     try:
         case.check()
     except ValueError:

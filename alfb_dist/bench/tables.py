@@ -1,4 +1,4 @@
-"""A benchmark's figures as tables: for a terminal and for a document."""
+"""The figures of a benchmark as tables for a terminal or a document."""
 
 from __future__ import annotations
 
@@ -9,39 +9,35 @@ from typing import Any
 
 from alfb_dist.bench.sizes import FLOOR, Case
 from alfb_dist.config.provenance import versions
+from alfb_dist.report.wording import human
 
 Figures = dict[str, Any]
 
 HEAD = ("", "ms, median [min, max]", "times the products, median [min, max]", "kept, bytes a row", "peak")
 
 
-def shown(spread: dict[str, float]) -> str:
-    """A median with its range."""
+def with_range(spread: dict[str, float]) -> str:
+    """Return a median with its range."""
     return f"{spread['median']:.2f} [{spread['min']:.2f}, {spread['max']:.2f}]"
 
 
-def megabytes(number: float) -> str:
-    """Bytes in powers of 1024."""
-    return f"{number / 2**20:.1f} MiB"
-
-
 def case_rows(figures: Figures) -> list[tuple[str, ...]]:
-    """A row for each contestant, the fastest first, with HEAD's columns."""
+    """Return a row for each contestant, the fastest first, with the columns of HEAD."""
     found = sorted(figures["results"].items(), key=lambda item: item[1]["ms"]["median"])
     return [
         (
             name if one["rounds"] > 1 else f"{name} (once)",
-            shown(one["ms"]),
-            shown(one["ratio"]),
+            with_range(one["ms"]),
+            with_range(one["ratio"]),
             f"{one['kept_bytes_per_row']:.0f}" if "kept_bytes_per_row" in one else "",
-            megabytes(one["peak_bytes"]) if "peak_bytes" in one else "",
+            human(one["peak_bytes"]) if "peak_bytes" in one else "",
         )
         for name, one in found
     ]
 
 
 def scaling_rows(all_figures: list[Figures], axis: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(head, rows): a row for each value of the axis, with each contestant's milliseconds and its ratio."""
+    """Return (head, rows), a row for each value of the axis, with milliseconds and ratio of each contestant."""
     names = [*(name for name in all_figures[0]["results"] if name != FLOOR), FLOOR]
     rows = []
     for figures in all_figures:
@@ -57,13 +53,13 @@ def scaling_rows(all_figures: list[Figures], axis: str) -> tuple[tuple[str, ...]
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table for a document."""
+    """Return the table in Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def machine() -> str:
-    """This machine and the versions that count, in one line."""
+    """Return this machine's processor and the versions of the packages that matter, in one line."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -75,5 +71,5 @@ def machine() -> str:
 
 
 def title(figures: Figures) -> str:
-    """The case in one line, with the threads of a rank."""
+    """Return the case in one line, with the threads of a rank."""
     return f"{Case(**figures['case']).describe()}, {figures['threads']} thread(s) a rank"

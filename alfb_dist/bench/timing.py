@@ -1,4 +1,4 @@
-"""Times of several contestants, taken in turn, so that what else the machine does falls on all of them alike."""
+"""Times of several contestants taken in turn, so that other load on the machine falls on all of them alike."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ def _now(device: torch.device) -> float:
 
 
 def time_once(run: Run, group: Group, device: torch.device) -> float:
-    """Seconds of a forward and its backward on the slowest rank; collective."""
+    """Return the seconds of a forward and its backward on the slowest rank; collective."""
     barrier(group)
     start = _now(device)
     run.backward(run.forward())
-    taken = torch.tensor([_now(device) - start], dtype=torch.float64, device=device)
-    return float(all_max(taken, group))
+    elapsed = torch.tensor([_now(device) - start], dtype=torch.float64, device=device)
+    return float(all_max(elapsed, group))
 
 
-def in_turn(runs: dict[str, Run], seconds: float, group: Group, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, A B C, B C A, ..., until the time is spent; collective.
+def time_in_turn(runs: dict[str, Run], seconds: float, group: Group, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of each contestant in each round, A B C, B C A, ..., until the time is spent; collective.
 
-    Two rounds come before that count for nothing. There are at least MIN_ROUNDS.
+    Two rounds for warming up are not counted. There are at least MIN_ROUNDS.
     """
     names = list(runs)
     for name in [*names, *names]:
         time_once(runs[name], group, device)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     gc.collect()
     gc.disable()
     try:
-        goes_on = True
-        while goes_on:
+        more = True
+        while more:
             names = [*names[1:], names[0]]
             for name in names:
-                taken[name].append(time_once(runs[name], group, device))
+                times[name].append(time_once(runs[name], group, device))
             gc.collect()
-            more = float(len(taken[names[0]]) < MIN_ROUNDS or time.perf_counter() < end)
-            goes_on = bool(all_max(torch.tensor([more], device=device), group))
+            unfinished = float(len(times[names[0]]) < MIN_ROUNDS or time.perf_counter() < end)
+            more = bool(all_max(torch.tensor([unfinished], device=device), group))  # on every rank alike
     finally:
         gc.enable()
-    return taken
+    return times
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+    """Return median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def summary(taken: list[float], floor: list[float]) -> dict[str, Any]:
-    """Milliseconds, and the ratio to the floor's time in the same round."""
+def summary(times: list[float], floor: list[float]) -> dict[str, Any]:
+    """Return milliseconds, and the ratio to the floor's time in the same round, each with its range."""
     return {
-        "ms": spread([1e3 * t for t in taken]),
-        "ratio": spread([t / f for t, f in zip(taken, floor)]),
-        "rounds": len(taken),
+        "ms": spread([1e3 * t for t in times]),
+        "ratio": spread([t / f for t, f in zip(times, floor)]),
+        "rounds": len(times),
     }

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from alfb_dist.config.publish import publish, sync_path
+
 
 def make_folder(path: Path) -> None:
     """The folder exists, empty and new; its parent exists, on the disk."""
@@ -37,13 +39,7 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """The folder's entries are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+sync_folder = sync_path
 
 
 def rename(old: Path, new: Path) -> None:
@@ -53,12 +49,9 @@ def rename(old: Path, new: Path) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """The file holds the data; a reader sees the old or the new content, never a part."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.unlink(missing_ok=True)
-    with create(aside) as file:
+    with publish(path) as temporary, create(temporary) as file:
         write(file, data)
         sync(file)
-    os.replace(aside, path)
 
 
 def remove(path: Path) -> None:

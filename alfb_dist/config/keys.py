@@ -64,7 +64,7 @@ ZERO_KEYS = {key: kind for kind, keys in _ZERO.items() for key in keys.split()} 
 
 # The names under which families keep the number of routed experts, and of experts a token.
 EXPERT_NAMES = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 # Keyword arguments that every configuration class takes besides its own fields.
 _COMMON = ("architectures", "rope_scaling", "rope_theta", "partial_rotary_factor", "transformers_version")

@@ -1,4 +1,4 @@
-"""Micro-batches of token ids, ready for `model(**batch)`, out of a token file."""
+"""Micro-batches of token ids from a token file, ready for `model(**batch)`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from alfb_dist.data.sampler import batch_ids, rank_samples
 from alfb_dist.data.token_file import TokenFile
 
 Layout = Literal["packed", "padded"]
-IGNORED = -100  # the label that transformers' losses leave out
+IGNORED = -100  # the label that transformers' losses ignore
 _NO_SAMPLE = -1
 
 
 class Batches:
-    """A token file seen as samples of one length, handed out in micro-batches.
+    """Samples of one length from a token file, in micro-batches.
 
-    "packed": the joined documents cut into sequences; sample i is tokens i*L to i*L+L, a shorter rest is left out.
+    "packed": the joined documents cut into sequences; sample i is tokens i*L to i*L+L, a shorter rest is dropped.
     "padded": sample i is document i with its end-of-document token, cut to L or padded on the right with pad_id.
-    L is sequence_length, at least 2; pad_id is the file's end-of-document token if not given. Labels are the input ids,
-    as transformers shifts them itself, and -100 on padding. Nothing is held but the open file.
+    L is sequence_length, at least 2; pad_id defaults to the file's end-of-document token. Labels are the input ids
+    (transformers shifts them itself), -100 on padding. Samples are read when asked for, none is kept.
     Raises ValueError if an argument is out of range or the text does not fill one sample.
     """
 
@@ -35,7 +35,7 @@ class Batches:
             raise ValueError(f"layout ({layout!r}) must be one of {', '.join(get_args(Layout))}")
         if sequence_length < 2:
             raise ValueError(
-                f"sequence_length ({sequence_length}) must be at least 2: one token to read, one to foretell"
+                f"sequence_length ({sequence_length}) must be at least 2: one token to read, one to predict"
             )
         self.token_file = token_file
         self.sequence_length = sequence_length
@@ -55,29 +55,28 @@ class Batches:
 
     @property
     def num_samples(self) -> int:
-        """Samples in an epoch."""
+        """Number of samples in an epoch."""
         if self.layout == "padded":
             return self.token_file.num_documents
         return self.token_file.num_tokens // self.sequence_length
 
     def step(self, step: int, global_batch: int, rank: int, world: int, micro_batch: int) -> list[dict[str, Tensor]]:
-        """The rank's micro-batches of a training step, global_batch / world / micro_batch of them.
+        """Return the rank's micro-batches of a training step, global_batch / world / micro_batch of them.
 
-        Each is {"input_ids", "labels"} of int64 (micro_batch, sequence_length), and an "attention_mask" likewise, 0 on
-        padding, where samples are padded. All ranks together hold the step's global batch, each sample once, whatever
-        world and micro_batch. Raises ValueError if world * micro_batch does not divide global_batch.
+        Each is {"input_ids", "labels"}, int64 (micro_batch, sequence_length); in the padded layout also an
+        "attention_mask" of this shape, 0 on padding. All ranks together have the samples of the step's global batch
+        once each, for any world and micro_batch. Raises ValueError if world * micro_batch does not divide global_batch.
         """
         ids = batch_ids(self.seed, step, global_batch, self.num_samples)
         masked = self.layout == "padded"
         return [self._micro_batch(part.tolist(), masked) for part in rank_samples(ids, rank, world, micro_batch)]
 
     def evaluation(self, num_sequences: int, rank: int, world: int, micro_batch: int) -> Iterator[dict[str, Tensor]]:
-        """The rank's micro-batches of the first num_sequences samples (of all, if there are fewer), in file order.
+        """Yield the rank's micro-batches of the first num_sequences samples (all, if there are fewer), in file order.
 
-        Every rank yields as many, all of them with an "attention_mask": where the samples do not come out even, rows of
-        padding alone (mask 0, labels -100) fill up the last ones, so that each sample counts exactly once. A
-        micro-batch of such rows alone has no label, and a mean loss over it is NaN: add up losses and label counts.
-        Raises ValueError if a number is out of range.
+        Every rank yields the same number of them, with an "attention_mask". The last ones are filled up with rows of
+        padding (mask 0, labels -100), so that each sample counts exactly once. The mean loss of a micro-batch without
+        labels is NaN: sum losses and label counts instead. Raises ValueError at the call if a number is out of range.
         """
         if num_sequences < 1:
             raise ValueError(f"num_sequences ({num_sequences}) must be at least 1")
@@ -86,8 +85,8 @@ class Batches:
         samples = np.full(-(-count // slots) * slots, _NO_SAMPLE, np.int64)
         samples[:count] = np.arange(count)
         rounds = np.split(samples, len(samples) // slots)
-        mine = [rank_samples(ids, rank, world, micro_batch)[0] for ids in rounds]
-        return (self._micro_batch(part.tolist(), masked=True) for part in mine)
+        parts = [rank_samples(ids, rank, world, micro_batch)[0] for ids in rounds]
+        return (self._micro_batch(part.tolist(), masked=True) for part in parts)
 
     def _micro_batch(self, samples: Sequence[int], masked: bool) -> dict[str, Tensor]:
         input_ids = np.full((len(samples), self.sequence_length), self.pad_id, np.int64)
@@ -103,7 +102,7 @@ class Batches:
         return batch
 
     def _sample(self, sample: int) -> NDArray[Any]:
-        """The sample's token ids, at most sequence_length; none for _NO_SAMPLE."""
+        """Read the sample's token ids, at most sequence_length; none for _NO_SAMPLE."""
         if sample == _NO_SAMPLE:
             return np.empty(0, np.int64)
         if self.layout == "packed":

@@ -1,4 +1,4 @@
-"""The loss of a model that knows how often each token occurs and nothing else."""
+"""The unigram entropy: the loss of a model that knows only how often each token occurs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ NOTE = "unigram_entropy"
 
 
 def unigram_entropy(token_file: TokenFile) -> float:
-    """Entropy of the file's token frequencies in nats per token; 0 for an empty file.
+    """Return the entropy of the file's token frequencies in nats per token; 0 for an empty file.
 
-    As its writer noted it; a file without the note is read once from end to end.
+    Taken from the file's notes; a file without the note is read once.
     """
     if NOTE in token_file.index.notes:
         return float(token_file.index.notes[NOTE])
@@ -24,7 +24,7 @@ def unigram_entropy(token_file: TokenFile) -> float:
 
 
 def entropy_of(counts: NDArray[np.int64]) -> float:
-    """Entropy in nats of drawing from these counts, (V,); 0 if they are all 0."""
+    """Return the entropy in nats of a distribution given by counts (V,); 0 if all are 0."""
     if not counts.any():
         return 0.0
     shares = counts[counts > 0] / counts.sum()

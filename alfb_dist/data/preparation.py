@@ -1,10 +1,9 @@
-"""From text to a pair of token files, train and validation, made once and kept in a cache folder."""
+"""Preparation of text: token files for training and validation, made once and kept in a cache directory."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,17 +15,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alfb_dist.config.publish import sync_path, temporary_path
 from alfb_dist.data.sources import Document, find_documents, read_text
 from alfb_dist.data.token_file import BLOCK_BYTES, VERSION, TokenFile
-from alfb_dist.data.token_writer import TokenWriter, sync_folder
+from alfb_dist.data.token_writer import TokenWriter
 from alfb_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 
-_BATCH_BYTES = 4 << 20  # text that is encoded at once
+_BATCH_BYTES = 4 << 20  # of text that is encoded at a time
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The two token files, and how many files were left out of them."""
+    """The two token files, and the numbers of source files left out of them."""
 
     train: Path
     validation: Path
@@ -45,17 +45,17 @@ def prepare(
     progress: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> PreparedData:
-    """The sources' token files are in the cache folder: as found there, or made now.
+    """Return the sources' token files, from the cache directory if they are there already.
 
     sources: see `find_documents`; one file is one document. tokenizer, end_token: see `load_tokenizer`.
-    validation_fraction: the share of documents, between 0 and 1, that goes to validation, chosen by document name.
-    validation_sources: the validation text; where given, all of `sources` is for training.
-    A pair of token files (NAME.tokens), one as the source and one as the validation source, is taken as it is.
+    validation_fraction: the share of documents, between 0 and 1, held out for validation, chosen by document name.
+    validation_sources: the validation text; if given, all of `sources` is for training.
+    A pair of token files (NAME.tokens), one as the source and one as the validation source, is used directly.
     progress: show a progress bar on standard error. block_bytes: bytes per hash in the token files.
-    What is found in the cache depends on the sources' names, sizes and times of change, the tokenizer and the fraction.
-    Files that are empty or not UTF-8 are left out and counted. No collective: call it on one rank, or on any number of
-    processes at once, which end up with the same files. Raises ValueError if a source is missing or there are not at
-    least two documents, TokenFileError if the cached files are damaged.
+    The cache is keyed by the sources' names, sizes and modification times, the tokenizer and the fraction.
+    Files that are empty or not UTF-8 are left out and counted. Not collective: call it on one rank, or in several
+    processes at the same time, which get the same files. Raises ValueError if a source is missing or there are fewer
+    than two documents, TokenFileError if the cached files are damaged.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction ({validation_fraction}) must be between 0 and 1")
@@ -67,11 +67,11 @@ def prepare(
     documents = find_documents([*sources, *validation_sources], without=Path(cache))
     num_train = len(find_documents(sources, without=Path(cache))) if validation_sources else None
     key = _key(documents, encoder, f"{VERSION} {validation_fraction!r} {block_bytes} {num_train}")
-    folder = Path(cache, key)
-    if not folder.is_dir():
-        with _made_aside(folder) as aside:
-            _write(aside, documents, num_train, encoder, validation_fraction, block_bytes, progress)
-    train, validation = folder / "train.tokens", folder / "validation.tokens"
+    directory = Path(cache, key)
+    if not directory.is_dir():
+        with _publish_first(directory) as temporary:
+            _write(temporary, documents, num_train, encoder, validation_fraction, block_bytes, progress)
+    train, validation = directory / "train.tokens", directory / "validation.tokens"
     with TokenFile(train) as file, TokenFile(validation):
         notes = file.index.notes
     return PreparedData(train, validation, int(notes["num_empty"]), int(notes["num_undecodable"]))
@@ -81,7 +81,7 @@ def _given_pair(given: list[Path], num_sources: int) -> PreparedData:
     if len(given) != 2 or num_sources != 1 or any(path.suffix != ".tokens" for path in given):
         raise ValueError(
             f"token files come in pairs, one as the source and one as the validation source, not mixed with text: got "
-            f"{', '.join(map(str, given))}"
+            f"{', '.join(map(str, given))}; give two token files, or text only"
         )
     for path in given:
         with TokenFile(path) as file:
@@ -90,9 +90,9 @@ def _given_pair(given: list[Path], num_sources: int) -> PreparedData:
 
 
 def split_by_name(names: Sequence[str], validation_fraction: float) -> list[bool]:
-    """Whether each document belongs to validation: a matter of its own name, whatever else there is.
+    """Return for each document whether it belongs to validation, which its own name decides.
 
-    Only where that leaves a side empty is the document nearest to it moved. names: at least 2.
+    Only if that left a side empty, the document nearest to it is moved there. names: at least 2.
     """
     hashes = [xxhash.xxh3_64_intdigest(os.fsencode(name)) for name in names]
     chosen = [value < validation_fraction * 2**64 for value in hashes]
@@ -111,25 +111,25 @@ def _key(documents: Sequence[Document], encoder: Tokenizer, settings: str) -> st
 
 
 @contextmanager
-def _made_aside(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; then it is `folder`, unless another process was first: then that one's stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    aside.mkdir()
+def _publish_first(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory to fill, and rename it to `directory` unless another process has done so first."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(directory)
+    temporary.mkdir()
     try:
-        yield aside
+        yield temporary
         try:
-            aside.rename(folder)  # refused by the system if a filled folder stands there
+            temporary.rename(directory)  # the system refuses to replace a directory that is not empty
         except OSError:
-            if not folder.is_dir():
+            if not directory.is_dir():
                 raise
-        sync_folder(folder.parent)
+        sync_path(directory.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
-    folder: Path,
+    directory: Path,
     documents: Sequence[Document],
     num_train: int | None,
     encoder: Tokenizer,
@@ -137,7 +137,7 @@ def _write(
     block_bytes: int,
     progress: bool,
 ) -> None:
-    """`folder` holds train.tokens and validation.tokens of all documents that are text."""
+    """Write train.tokens and validation.tokens of all documents that are text to `directory`."""
     texts, num_empty, num_undecodable = _readable(documents)
     if num_train is None:
         held_out = dict(zip(texts, split_by_name([d.name for d in texts], validation_fraction)))
@@ -147,7 +147,7 @@ def _write(
         train, validation = (
             stack.enter_context(
                 TokenWriter(
-                    folder / f"{name}.tokens",
+                    directory / f"{name}.tokens",
                     vocab_size=encoder.vocab_size,
                     end_id=encoder.end_id,
                     tokenizer=encoder.fingerprint,
@@ -164,11 +164,13 @@ def _write(
         for writer in (train, validation):
             writer.notes = {"num_empty": num_empty, "num_undecodable": num_undecodable}
             if writer.num_documents == 0:
-                raise ValueError(f"no token is left for {writer.path.stem} after tokenising {len(texts)} files")
+                raise ValueError(
+                    f"no token is left for {writer.path.stem} after tokenising {len(texts)} files: give more text"
+                )
 
 
 def _readable(documents: Sequence[Document]) -> tuple[list[Document], int, int]:
-    """The documents that are text, the number of empty ones and of those that are not UTF-8."""
+    """Return (documents that are text, number of empty files, number of files that are not UTF-8)."""
     filled = [d for d in documents if d.num_bytes > 0]
     texts = [d for d in filled if read_text(d) is not None]
     num_empty, num_undecodable = len(documents) - len(filled), len(filled) - len(texts)
@@ -183,7 +185,7 @@ def _readable(documents: Sequence[Document]) -> tuple[list[Document], int, int]:
 def _encoded(
     documents: Sequence[Document], encoder: Tokenizer, progress: bool
 ) -> Iterator[tuple[Document, NDArray[Any]]]:
-    """Each document with its token ids, in order, while a progress bar counts the bytes."""
+    """Yield each document with its token ids, in order, and show the progress in bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("tokenising", total=sum(d.num_bytes for d in documents))
@@ -193,7 +195,7 @@ def _encoded(
 
 
 def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """The documents in order, in lists of about _BATCH_BYTES."""
+    """Yield the documents in order, in lists of about _BATCH_BYTES."""
     group: list[Document] = []
     num_bytes = 0
     for document in documents:
@@ -209,5 +211,5 @@ def _groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
 def _text(document: Document) -> str:
     text = read_text(document)
     if text is None:
-        raise ValueError(f"{document.path} was changed while it was being prepared")
+        raise ValueError(f"{document.path} was changed while it was being prepared: prepare the data again")
     return text

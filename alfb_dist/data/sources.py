@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, and the sources of Python's own standard library."""
+"""Where text comes from: files, directories, and the sources of Python's standard library."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Document:
 
 
 def find_documents(sources: Sequence[str | Path], *, without: Path | None = None) -> list[Document]:
-    """The files of all sources, each once: sources in the order given, each source's files sorted by name.
+    """Return the files of all sources, each once: sources in the order given, each source's files sorted by name.
 
-    sources: a file; a folder, with all in it but hidden files and __pycache__; or "python-stdlib", the
-    .py files of the running Python's standard library less its tests and what differs between machines.
-    without: a folder to leave out. A file reached twice, by whatever path, counts where it is reached first.
+    sources: files; directories, read recursively without hidden files and __pycache__; or "python-stdlib", the
+    .py files of the running Python's standard library without its tests and without those generated for the machine.
+    without: a directory to leave out. A file reached twice counts where it is reached first.
     Raises ValueError if a source does not exist.
     """
     documents: list[Document] = []
@@ -42,7 +42,7 @@ def find_documents(sources: Sequence[str | Path], *, without: Path | None = None
 
 
 def read_text(document: Document) -> str | None:
-    """The document's text exactly as in the file, line ends too; None if it is not UTF-8."""
+    """Return the document's text exactly as in the file, line ends included; None if it is not UTF-8."""
     try:
         return document.path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -50,7 +50,7 @@ def read_text(document: Document) -> str | None:
 
 
 def _files(source: str | Path, without: Path | None) -> Iterator[tuple[Path, str]]:
-    """Path and name of each file of one source, in no particular order."""
+    """Yield path and name of each file of one source, in no particular order."""
     root = Path(os.path.abspath(source))
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -60,17 +60,17 @@ def _files(source: str | Path, without: Path | None) -> Iterator[tuple[Path, str
     elif root.is_file():
         yield root, root.name
     else:
-        raise ValueError(f'data source {source} does not exist: give a file, a folder or "{PYTHON_STDLIB}"')
+        raise ValueError(f'data source {source} does not exist: give a file, a directory or "{PYTHON_STDLIB}"')
 
 
 def _walk(root: Path, without: Path | None, skipped: frozenset[str]) -> Iterator[tuple[Path, str]]:
-    """Path and name of each file below root, in no particular order."""
+    """Yield path and name of each file below root, in no particular order."""
     excluded = None if without is None else os.path.realpath(without)
-    for folder, subfolders, files in os.walk(root, onerror=_raise):
-        wanted = [name for name in subfolders if name[0] != "." and name != "__pycache__" and name not in skipped]
-        subfolders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) != excluded]
+    for directory, subdirectories, files in os.walk(root, onerror=_raise):
+        wanted = [name for name in subdirectories if name[0] != "." and name != "__pycache__" and name not in skipped]
+        subdirectories[:] = [name for name in wanted if os.path.realpath(os.path.join(directory, name)) != excluded]
         for file in files:
-            path = Path(folder, file)
+            path = Path(directory, file)
             if file[0] != "." and path.is_file():
                 yield path, path.relative_to(root).as_posix()
 
@@ -80,5 +80,5 @@ def _raise(error: OSError) -> None:
 
 
 def _is_library(name: str) -> bool:
-    """Whether a file of the standard library's folder is source code, and not one made for this machine."""
+    """Return whether a file of the standard library is source code that was not generated for this machine."""
     return name.endswith(".py") and not name.startswith(("_sysconfigdata", "config-"))

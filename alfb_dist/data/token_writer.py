@@ -1,11 +1,10 @@
-"""Writing token files: aside, synced, then renamed, so that a name stands for a whole file or for none."""
+"""Writing token files: document by document, published as a whole."""
 
 from __future__ import annotations
 
-import os
 import sys
-import uuid
 from array import array
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,28 +13,19 @@ import numpy as np
 import xxhash
 from numpy.typing import ArrayLike
 
+from alfb_dist.config.publish import publish
 from alfb_dist.data.entropy import NOTE, entropy_of
-from alfb_dist.data.token_file import BLOCK_BYTES, DTYPES, HEAD_BYTES, TokenIndex, pack_head
-
-
-def sync_folder(folder: Path) -> None:
-    """What has been created or renamed in `folder` outlasts a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
+from alfb_dist.data.token_file import BLOCK_BYTES, DTYPES, HEADER_BYTES, TokenIndex, pack_header
 
 _COUNTED_VOCAB = 1 << 24  # no vocabulary of text is larger; the counts take 8 bytes an id
 
 
 class TokenWriter:
-    """Writes one token file; used in a `with` block, whose end without an error is what makes the file appear.
+    """Writes one token file in a `with` block; the file appears, on the disk, when the block ends without an error.
 
     vocab_size: ids are below it; it decides between uint16 and uint32. end_id: the end-of-document token, appended to
-    each document. tokenizer: its fingerprint. block_bytes: payload bytes per hash. `notes` go into the index as
-    they are when the `with` block ends, with the unigram entropy. Raises ValueError if a size is out of range.
+    each document. tokenizer: its fingerprint. block_bytes: payload bytes per hash. `notes` and the unigram entropy are
+    put into the index when the block ends. Raises ValueError if a size is out of range.
     """
 
     def __init__(
@@ -57,21 +47,22 @@ class TokenWriter:
         self._block_bytes = block_bytes
         self._blocks: list[str] = []
         self._block = xxhash.xxh3_128()
-        self._room = block_bytes  # bytes left in the open block
+        self._room = block_bytes  # bytes until the block is full
         self._ends = array("Q")
         self._num_tokens = 0
-        self._aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        self._file = open(self._aside, "xb")  # noqa: SIM115 - closed by __exit__
-        self._file.write(bytes(HEAD_BYTES))
+        self._open = ExitStack()
+        temporary = self._open.enter_context(publish(self.path, sync_to_disk=True))
+        self._file = self._open.enter_context(open(temporary, "xb"))  # noqa: SIM115 - closed by __exit__
+        self._file.write(bytes(HEADER_BYTES))
 
     @property
     def num_documents(self) -> int:
         return len(self._ends)
 
     def add(self, ids: ArrayLike) -> None:
-        """One document more: `ids` (N,), N >= 1, and the end-of-document token behind them.
+        """Append a document: `ids` (N,), N >= 1, and the end-of-document token.
 
-        Raises ValueError if the document is empty or an id is outside of the vocabulary.
+        Raises ValueError if the document is empty or an id is not in the vocabulary.
         """
         document = np.asarray(ids)
         if document.ndim != 1 or document.size == 0 or document.dtype.kind not in "ui":
@@ -89,12 +80,11 @@ class TokenWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            self._file.close()
-            self._aside.unlink(missing_ok=True)
+        if error is not None:
+            self._open.__exit__(kind, error, tb)
+            return
+        with self._open:
+            self._finish()
 
     def _finish(self) -> None:
         self._write(bytes(-self._num_tokens * DTYPES[self._dtype].itemsize % 8))
@@ -115,14 +105,10 @@ class TokenWriter:
         text = index.to_json()
         self._file.write(text)
         self._file.seek(0)
-        self._file.write(pack_head(index.payload_end, text))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._aside.replace(self.path)
-        sync_folder(self.path.parent)
+        self._file.write(pack_header(index.payload_end, text))
 
     def _write(self, data: bytes) -> None:
-        """`data` is in the payload and in the hash of each block that it falls into."""
+        """Append `data` to the payload, and to the hashes of the blocks that it belongs to."""
         self._file.write(data)
         view = memoryview(data)
         while len(view):

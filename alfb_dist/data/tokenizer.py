@@ -1,4 +1,4 @@
-"""Text to token ids: by bytes, by a `tokenizers` file, or by a transformers tokenizer folder."""
+"""Text to token ids: by bytes, by a `tokenizers` file, or by a transformers tokenizer directory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 BYTES = "bytes"
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
-_FOLDER_FILES = ("*token*", "vocab*", "merges*", "*.model", "config.json")
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "config.json")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """Encodes texts; ids are below vocab_size, end_id is the end-of-document token.
 
-    encode: a list of texts to a list of (N,) integer arrays; adds no special token, cuts and pads nothing.
-    fingerprint: two tokenizers that may encode differently have different ones.
+    encode: a list of texts to a list of (N,) integer arrays, without special tokens, truncation or padding.
+    fingerprint: differs between tokenizers that may encode differently.
     """
 
     vocab_size: int
@@ -31,21 +31,21 @@ class Tokenizer:
 
 
 def load_tokenizer(tokenizer: str | Path, end_token: str | None = None) -> Tokenizer:
-    """The tokenizer that a word or a path means, read from local files alone.
+    """Load a tokenizer by name or path, from local files only.
 
-    tokenizer: "bytes" (ids 0..255 are the bytes of the UTF-8 text, 256 ends a document), a tokenizer.json, or a folder
-    that transformers' AutoTokenizer loads. end_token: the token that ends a document; if not given, the folder's
-    end-of-sequence token or the first of END_TOKENS that the file has.
-    Raises ValueError if the path does not exist or there is no end token.
+    tokenizer: "bytes" (ids 0..255 are the bytes of the UTF-8 text, 256 ends a document), a tokenizer.json, or a
+    directory that transformers' AutoTokenizer loads. end_token: the token that ends a document; by default the
+    directory's end-of-sequence token, or the first of END_TOKENS that the file has.
+    Raises ValueError if the path does not exist, cannot be read or has no end token.
     """
     if tokenizer == BYTES:
         return Tokenizer(257, 256, "bytes-1", _encode_bytes)
     path = Path(tokenizer)
     if path.is_dir():
-        return _from_folder(path, end_token)
+        return _from_directory(path, end_token)
     if path.is_file():
         return _from_file(path, end_token)
-    raise ValueError(f'tokenizer {tokenizer} does not exist: give "{BYTES}", a tokenizer.json or a tokenizer folder')
+    raise ValueError(f'tokenizer {tokenizer} does not exist: give "{BYTES}", a tokenizer.json or a tokenizer directory')
 
 
 def _encode_bytes(texts: list[str]) -> list[NDArray[Any]]:
@@ -59,7 +59,7 @@ def _from_file(path: Path, end_token: str | None) -> Tokenizer:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer {path} cannot be read: {error}") from error
-    model.no_truncation()  # a file may carry both, set for whoever saved it
+    model.no_truncation()  # both may be set in the file
     model.no_padding()
     vocabulary = model.get_vocab(with_added_tokens=True)
     candidates = END_TOKENS if end_token is None else (end_token,)
@@ -71,7 +71,7 @@ def _from_file(path: Path, end_token: str | None) -> Tokenizer:
     return _checked(path, [path], vocabulary, end_id, candidates, encode)
 
 
-def _from_folder(path: Path, end_token: str | None) -> Tokenizer:
+def _from_directory(path: Path, end_token: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -80,7 +80,7 @@ def _from_folder(path: Path, end_token: str | None) -> Tokenizer:
         raise ValueError(f"tokenizer {path} cannot be read: {error}") from error
     vocabulary = model.get_vocab()
     candidates = (model.eos_token,) if end_token is None else (end_token,)
-    files = sorted({file for pattern in _FOLDER_FILES for file in path.glob(pattern) if file.is_file()})
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()})
 
     def encode(texts: list[str]) -> list[NDArray[Any]]:
         rows = model(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
@@ -97,10 +97,12 @@ def _checked(
     candidates: tuple[str | None, ...],
     encode: Callable[[list[str]], list[NDArray[Any]]],
 ) -> Tokenizer:
-    """The tokenizer with its fingerprint, or ValueError if none of the candidates is in its vocabulary."""
+    """Return the tokenizer with its fingerprint. Raises ValueError if no end token was found."""
     if end_id is None:
         tried = ", ".join(str(token) for token in candidates)
-        raise ValueError(f"tokenizer {path} has no end-of-document token (tried {tried}): name one of its tokens")
+        raise ValueError(
+            f"tokenizer {path} has no end-of-document token (tried {tried}): give one of its tokens as end_token"
+        )
     digest = xxhash.xxh3_128(str(end_id).encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -1,7 +1,7 @@
-"""Everything that a run shows and keeps about itself: console, metrics.jsonl, loads.bin, wandb, report.html."""
+"""Where a run's records are shown and kept: terminal, metrics.jsonl, loads.bin, wandb, report.html."""
 
 from alfb_dist.report.html import write_html
-from alfb_dist.report.reporter import NullReporter, Reporter, open_reporter
+from alfb_dist.report.reporter import NullReporter, Reporter
 from alfb_dist.report.run_data import RunData, read_run
 
-__all__ = ["NullReporter", "Reporter", "RunData", "open_reporter", "read_run", "write_html"]
+__all__ = ["NullReporter", "Reporter", "RunData", "read_run", "write_html"]

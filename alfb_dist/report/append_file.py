@@ -1,4 +1,4 @@
-"""A file that grows by whole pieces only."""
+"""A file that grows only by whole pieces."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 class AppendFile:
-    """A file whose end is always the end of a whole piece, even on a full disk."""
+    """A file that always ends with a whole piece, even on a full disk."""
 
     def __init__(self, path: Path, *, size: int) -> None:
-        """Open `path` for appending, with only its first `size` bytes kept."""
+        """Open `path` for appending and keep only its first `size` bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
         self._file.truncate(size)
         self._size = size
 
     def append(self, piece: bytes) -> None:
-        """The piece is handed to the operating system as a whole, or the file is as it was and OSError is raised."""
+        """Write the whole piece, or raise OSError and leave the file as it was."""
         written = 0
         try:
             while written < len(piece):
@@ -28,5 +28,5 @@ class AppendFile:
         self._size += len(piece)
 
     def close(self) -> None:
-        """The file is closed; a second call changes nothing."""
+        """Close the file; a second call does nothing."""
         self._file.close()

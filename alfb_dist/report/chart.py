@@ -1,4 +1,4 @@
-"""One line chart: title, how to read it, legend, lines, and the values under the pointer."""
+"""One line chart: title, a note on how to read it, legend, lines, and the values under the pointer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from alfb_dist.report.svg import Axis, Values, frame, path, thinned, value_range
+from alfb_dist.report.svg import Axis, Values, downsample, extent, frame, path, value_range
 
 WIDE, HALF = (1120, 300), (548, 230)
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 62, 14, 12, 42
@@ -30,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Reference:
-    """A dashed level with its name on it."""
+    """A dashed, labelled horizontal line."""
 
     label: str
     level: float
@@ -38,7 +38,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows. `note` says in one line how to read it."""
+    """The content of a chart. note: one line on how to read it."""
 
     title: str
     note: str
@@ -54,15 +54,15 @@ class Chart:
 
 
 def line_chart(chart: Chart) -> str:
-    """The chart as an HTML figure."""
+    """Draw the chart as an HTML figure."""
     legend = _legend(chart) if len(chart.lines) > 1 else ""
-    known = any(np.isfinite(line.y).any() for line in chart.lines)
-    body = _drawing(chart) if known else '<p class="empty">No value logged.</p>'
+    has_values = any(np.isfinite(line.y).any() for line in chart.lines)
+    body = _drawing(chart) if has_values else '<p class="empty">No value logged.</p>'
     return figure(chart.title, chart.note, legend + body, wide=chart.size == WIDE)
 
 
 def figure(title: str, note: str, body: str, *, wide: bool = True) -> str:
-    """A card with a title, a line on how to read it, and the body."""
+    """Return an HTML figure with a title, a note on how to read it, and the body."""
     kind = "card wide" if wide else "card"
     return (
         f'<figure class="{kind}"><figcaption><h3>{escape(title)}</h3><p>{escape(note)}</p></figcaption>{body}</figure>'
@@ -70,19 +70,13 @@ def figure(title: str, note: str, body: str, *, wide: bool = True) -> str:
 
 
 def axes(chart: Chart) -> tuple[Axis, Axis]:
-    """The chart's x and y axis, wide enough for every line and reference."""
+    """Return the x and the y axis, wide enough for every line and reference."""
     width, height = chart.size
-    x_low, x_high = _extent([line.x for line in chart.lines])
     include = (*(reference.level for reference in chart.references), *((0.0,) if chart.from_zero else ()))
     low, high = value_range([line.y for line in chart.lines], include=include)
-    x_axis = Axis(x_low, x_high, _MARGIN_LEFT, width - _MARGIN_RIGHT)
+    x_range = extent(np.concatenate([line.x for line in chart.lines]))
+    x_axis = Axis(*x_range, _MARGIN_LEFT, width - _MARGIN_RIGHT)
     return x_axis, Axis(low, high, height - _MARGIN_BOTTOM, _MARGIN_TOP, symlog=chart.symlog, whole=chart.whole)
-
-
-def _extent(columns: list[Values]) -> tuple[float, float]:
-    joined = np.concatenate(columns)
-    low, high = float(joined.min()), float(joined.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _drawing(chart: Chart) -> str:
@@ -97,7 +91,7 @@ def _drawing(chart: Chart) -> str:
 
 def _line(line: Line, x_axis: Axis, y_axis: Axis, *, points: int) -> str:
     limit = points // 4 if line.style == "thin" else points
-    x, y = thinned(line.x, line.y, limit)
+    x, y = downsample(line.x, line.y, limit)
     x_pixels, y_pixels = x_axis.position(x), y_axis.position(y)
     title = f"<title>{escape(line.label)}</title>"
     if line.style == "dots":
@@ -125,11 +119,11 @@ def _legend(chart: Chart) -> str:
 
 
 def _hover(chart: Chart, x_axis: Axis) -> str:
-    """What the page's script needs to name the values under the pointer: the axis and the foreground lines."""
+    """Return what the page's script needs to show the values under the pointer: axis and foreground lines, as JSON."""
     series = []
     for line in chart.lines:
         if line.style != "thin":
-            x, y = thinned(line.x, line.y, _HOVER_POINTS)
+            x, y = downsample(line.x, line.y, _HOVER_POINTS)
             values = [float(f"{value:.5g}") if np.isfinite(value) else None for value in y]
             series.append({"label": line.label, "x": x.tolist(), "y": values})
     return json.dumps(

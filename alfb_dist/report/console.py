@@ -1,4 +1,4 @@
-"""What a run says on the terminal: start panel, progress, final table."""
+"""A run on the terminal: start panel, progress, final table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BAR_FIELDS = ("loss", "max_violation_batch", "tokens_per_second")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The table stands on the terminal."""
+    """Print a table on the terminal."""
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
@@ -32,10 +32,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class RunConsole:
-    """The terminal of one run: a progress bar on a terminal, else one plain line a log interval."""
+    """The terminal of one run: a progress bar on a terminal, otherwise one plain line per log interval."""
 
     def __init__(self, *, progress: bool, total_steps: int, first_step: int, console: Console | None = None) -> None:
-        """Nothing is shown yet. The bar needs `progress` and a terminal."""
+        """Show nothing yet. There is a progress bar if `progress` is true and the output is a terminal."""
         self._console = console or Console(highlight=False)
         self._total_steps = total_steps
         self._first_step = first_step
@@ -45,29 +45,29 @@ class RunConsole:
         self._task = None if self._progress is None else self._new_task(self._progress)
 
     def start(self, name: str, facts: list[tuple[str, str]]) -> None:
-        """The run's name and facts stand on the terminal, and the bar runs below them."""
+        """Show the run's name and facts, and start the bar below them."""
         if self._console.is_terminal:
             self._console.print(_start_panel(name, facts))
         else:
             self._console.print(Text(name), _facts(facts), sep="\n")
         if self._progress is not None:
             self._progress.start()
-            atexit.register(self.stop)  # a run that fails gives the terminal back, too
+            atexit.register(self.stop)  # also restores the terminal of a run that fails
 
     def advance(self, record: dict[str, Any]) -> None:
-        """The bar stands at the record's step; without a bar nothing is shown."""
+        """Move the bar to the record's step; without a bar show nothing."""
         self._shown |= {key: record[key] for key in _BAR_FIELDS if record.get(key) is not None}
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=record.get("step"), figures=self._bar_figures())
 
     def step(self, record: dict[str, Any]) -> None:
-        """The record is on the bar, or a line of its own."""
+        """Show the record on the bar, or as a line of its own."""
         self.advance(record)
         if self._progress is None:
             self._plain(self._step_line(record))
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """The record is a line of its own."""
+        """Show the record as a line of its own."""
         self._plain(
             f"step {record.get('step')}  validation loss {decimal(record.get('val_loss'))}  "
             f"perplexity {count(record.get('val_perplexity'))}  "
@@ -75,26 +75,26 @@ class RunConsole:
         )
 
     def message(self, text: str) -> None:
-        """The text stands above the bar."""
+        """Show the text above the bar."""
         self._plain(text)
 
     def close(self, name: str, rows: list[tuple[str, str]]) -> None:
-        """The bar is gone and the rows stand as a table."""
+        """Remove the bar and show the rows as a table."""
         self.stop()
         if self._console.is_terminal:
             self._console.print(_final_table(name, rows))
             return
         width = max((len(label) for label, _ in rows), default=0)
         for line in (name, *(f"  {label:<{width}}  {value}" for label, value in rows)):
-            self._plain(line)  # never folded, so that a path can be copied
+            self._plain(line)  # not wrapped, so that a path can be copied
 
     def stop(self) -> None:
-        """The bar no longer runs and the cursor is back; a second call changes nothing."""
+        """Stop the bar and restore the cursor; a second call does nothing."""
         if self._progress is not None:
             self._progress.stop()
 
     def _plain(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)  # as Text: square brackets are no markup
+        self._console.print(Text(text), soft_wrap=True)  # as Text, since square brackets are not markup here
 
     def _new_progress(self) -> Progress:
         return Progress(
@@ -128,13 +128,13 @@ class RunConsole:
         )
 
     def _remaining(self, step: int) -> float:
-        """Seconds to the last step at the mean speed so far, NaN before the first step."""
+        """Return the seconds to the last step at the mean speed so far, NaN before the first step."""
         done = step - self._first_step
         return (time.monotonic() - self._started) / done * (self._total_steps - step) if done > 0 else math.nan
 
 
 def result_rows(figures: dict[str, Any], files: dict[str, Path | None]) -> list[tuple[str, str]]:
-    """(label, value) of the final table from the run's key figures; a figure that is missing has no row."""
+    """Return (label, value) of each row of the final table; a missing figure has no row."""
     rows = [
         ("training loss, first -> last", _pair(figures, "first_loss", "last_loss")),
         ("validation loss", _one(figures, "val_loss")),
@@ -150,7 +150,7 @@ def result_rows(figures: dict[str, Any], files: dict[str, Path | None]) -> list[
 
 
 def _shown(path: Path) -> str:
-    """The path from the working directory if it lies below it, else as it is."""
+    """Return the path relative to the working directory if it lies below it, else unchanged."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 

@@ -1,4 +1,4 @@
-"""The key figures of a run: read once, shown in the final table and on the report's tiles."""
+"""The key figures of a run, for the final table and the report's tiles."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from alfb_dist.report.run_data import RunData
 
-_PEAK_SHARE = 0.25  # the early peak is sought in this first share of the run
+_PEAK_SHARE = 0.25  # the early peak is the largest value in this first share of the run
 
 
 def key_figures(run: RunData, given: dict[str, Any]) -> dict[str, Any]:
-    """The figures that the records tell, those of the run's summary over them, and those `given` over both."""
-    stated = {key: value for key, value in (run.summary | given).items() if value is not None}
-    return _from_records(run) | _unigram(run.config) | stated
+    """Return the figures of the records, replaced by those of the run's summary, and these by those `given`."""
+    recorded = {key: value for key, value in (run.summary | given).items() if value is not None}
+    return _from_records(run) | _unigram(run.config) | recorded
 
 
 def _from_records(run: RunData) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _from_records(run: RunData) -> dict[str, Any]:
 
 
 def _unigram(config: dict[str, Any]) -> dict[str, Any]:
-    """The unigram entropy if the configuration file records it at any depth."""
+    """Return the unigram entropy if the configuration has it at any depth."""
     for key, value in config.items():
         if key == "unigram_entropy" and isinstance(value, int | float):
             return {key: float(value)}
@@ -47,23 +47,22 @@ def _unigram(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(values: NDArray[np.float64]) -> float | None:
-    return _pick(values, 0)
+    return next(iter(_finite(values)), None)
 
 
 def _last(values: NDArray[np.float64]) -> float | None:
-    return _pick(values, -1)
-
-
-def _pick(values: NDArray[np.float64], index: int) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known[index]) if len(known) else None
+    return next(reversed(_finite(values)), None)
 
 
 def _median(values: NDArray[np.float64]) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else None
+    found = _finite(values)
+    return float(np.median(found)) if found else None
 
 
 def _early_peak(values: NDArray[np.float64]) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known[: max(1, math.ceil(len(known) * _PEAK_SHARE))].max()) if len(known) else None
+    found = _finite(values)
+    return max(found[: math.ceil(len(found) * _PEAK_SHARE)], default=None)
+
+
+def _finite(values: NDArray[np.float64]) -> list[float]:
+    return [float(value) for value in values[np.isfinite(values)]]

@@ -1,15 +1,14 @@
-"""Loads as colour: shades of one number per expert, and the pictures made of them."""
+"""Loads as colours: one shade per expert, and pictures of them."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alfb_dist.report.png import data_uri, png
+from alfb_dist.report.svg import slices
 
-CAP = 4.0  # full colour at a quarter and at four times the mean load
+CAP = 4.0  # full colour at 1/CAP and CAP times the mean load
 COLD, HOT = (37, 99, 201), (208, 59, 48)  # below and above the mean; strength is opacity, so any background works
 _LEVELS = 32  # shades on each side of the mean; more would only grow the file
 _NEUTRAL = _LEVELS
@@ -19,36 +18,28 @@ Shade = NDArray[np.float64]  # -1 full cold, 0 the mean, 1 full hot, NaN unknown
 
 
 def load_ratio(load_E: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Each load over the mean of its layer (last axis); NaN where the whole layer has none."""
+    """Divide each load by the mean of its layer (last axis); NaN where the whole layer has none."""
     load = np.asarray(load_E, dtype=np.float64)
     mean = load.mean(axis=-1, keepdims=True)
     return np.divide(load, mean, out=np.full_like(load, np.nan), where=mean > 0)
 
 
 def shade(ratio: NDArray[np.float64]) -> Shade:
-    """Ratios to the mean on a logarithmic scale that ends at 1/CAP and CAP; 0 is the cold end."""
+    """Return ratios to the mean on a logarithmic scale from -1 at 1/CAP or less to 1 at CAP or more."""
     ends = np.clip(ratio, 1 / CAP, CAP)
     return np.asarray(np.log2(ends) / np.log2(CAP), dtype=np.float64)
 
 
 def picture(shade_HW: Shade) -> str:
-    """The shades as a PNG data address, one pixel a value."""
-    known = np.nan_to_num(shade_HW)
-    pixels = np.rint(_NEUTRAL + known * _LEVELS).astype(np.uint8)
+    """Return the shades as the data URI of a PNG, one pixel per value."""
+    pixels = np.rint(_NEUTRAL + np.nan_to_num(shade_HW) * _LEVELS).astype(np.uint8)
     pixels[np.isnan(shade_HW)] = _MISSING
     return data_uri(png(pixels, _palette()))
 
 
 def binned_ratio(load_NLE: NDArray[np.int64], columns: int) -> NDArray[np.float64]:
-    """(columns, L, E) load ratios: neighbouring records are added up so that at most `columns` remain."""
-    slices = time_slices(len(load_NLE), columns)
-    return np.stack([load_ratio(load_NLE[start:stop].sum(axis=0)) for start, stop in slices])
-
-
-def time_slices(num_records: int, columns: int) -> list[tuple[int, int]]:
-    """[start, stop) of at most `columns` runs of neighbouring records that together are all of them."""
-    edges = np.linspace(0, num_records, min(columns, num_records) + 1).astype(int)
-    return [(int(start), int(stop)) for start, stop in pairwise(edges)]
+    """Return (columns, L, E) load ratios; neighbouring records are summed so that at most `columns` remain."""
+    return np.stack([load_ratio(load_NLE[part].sum(axis=0)) for part in slices(len(load_NLE), columns)])
 
 
 def _palette() -> NDArray[np.uint8]:

@@ -1,13 +1,13 @@
-"""report.html: a run drawn from its folder alone."""
+"""report.html: a run drawn from the files in its directory."""
 
 from __future__ import annotations
 
-import os
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from alfb_dist.config.publish import publish
 from alfb_dist.report.chart import HALF, Chart, Line, Reference, line_chart
 from alfb_dist.report.facts import flatten, model_facts
 from alfb_dist.report.figures import key_figures
@@ -17,24 +17,23 @@ from alfb_dist.report.redaction import redact
 from alfb_dist.report.run_data import METRICS, RunData, read_run
 from alfb_dist.report.wording import count, decimal, duration
 
-_NONE_YET = '<p class="empty">No step logged yet. Draw the report again once the run has taken its first step.</p>'
+_NONE_YET = '<p class="empty">No step logged yet. Draw the report again after the first step.</p>'
 
 
-def write_html(run_folder: Path) -> Path:
-    """The run folder holds a report.html of the run as far as it has come; returns its path.
+def write_html(run_directory: Path) -> Path:
+    """Draw report.html of a running or finished run into its directory; return the file's path.
 
-    Raises FileNotFoundError if the folder holds no run.
+    Raises FileNotFoundError if the directory holds no run.
     """
-    run = read_run(Path(run_folder))
-    target = run.folder / "report.html"
-    aside = target.with_suffix(".html.tmp")
-    aside.write_text(report_page(run), encoding="utf-8")
-    os.replace(aside, target)
+    run = read_run(Path(run_directory))
+    target = run.directory / "report.html"
+    with publish(target) as temporary:
+        temporary.write_text(report_page(run), encoding="utf-8")
     return target
 
 
 def report_page(run: RunData) -> str:
-    """The whole page as text."""
+    """Return the whole page as HTML."""
     figures = key_figures(run, {})
     charts = _training(run, figures) + _balance(run) + _cost(run) if run.training else _NONE_YET
     return page(f"{run.name} - training report", _header(run) + _tiles(run, figures) + charts + _configuration(run))
@@ -42,7 +41,7 @@ def report_page(run: RunData) -> str:
 
 def _header(run: RunData) -> str:
     facts = "".join(f"<span>{escape(label)} <b>{escape(value)}</b></span>" for label, value in model_facts(run.config))
-    metrics = run.folder / METRICS
+    metrics = run.directory / METRICS
     when = datetime.fromtimestamp(metrics.stat().st_mtime) if metrics.exists() else datetime.now()
     return (
         f"<header><h1>{escape(run.name)}</h1><p>Auxiliary-loss-free load balancing of a Mixture-of-Experts model; "
@@ -95,23 +94,19 @@ def _training(run: RunData, figures: dict[str, Any]) -> str:
         lines,
         references=[] if entropy is None else [Reference("unigram entropy", float(entropy))],
     )
-    norm = Chart(
-        "Gradient norm",
-        "Before clipping. Spikes and gaps (NaN or infinite) mark steps to look at.",
-        "gradient norm",
-        [Line("gradient norm", step, run.column("grad_norm"))],
-        size=HALF,
-        from_zero=True,
-    )
-    rate = Chart(
-        "Learning rate",
-        "The schedule as it was applied.",
-        "learning rate",
-        [Line("learning rate", step, run.column("lr"))],
-        size=HALF,
-        from_zero=True,
-    )
-    return _section("Training", [line_chart(loss), line_chart(norm), line_chart(rate)])
+    note = "Before clipping. Spikes and gaps (NaN or infinite) mark steps to look at."
+    norm = _column_chart(run, "grad_norm", "Gradient norm", note, "gradient norm", from_zero=True)
+    note = "The schedule as it was applied."
+    rate = _column_chart(run, "lr", "Learning rate", note, "learning rate", from_zero=True)
+    return _section("Training", [line_chart(loss), norm, rate])
+
+
+def _column_chart(
+    run: RunData, key: str, title: str, note: str, y_label: str, *, label: str = "", **options: Any
+) -> str:
+    """Draw a half-width chart of one value of the training records; label: of the line, by default the title."""
+    line = Line(label or title.lower(), run.column("step"), run.column(key))
+    return line_chart(Chart(title, note, y_label, [line], size=HALF, **options))
 
 
 def _balance(run: RunData) -> str:
@@ -120,31 +115,17 @@ def _balance(run: RunData) -> str:
     if run.loads is not None and len(run.loads.steps):
         loads = run.loads
         cards += [last_load(loads, labels), load_panels(loads, labels), bias_panels(loads, labels)]
-    step = run.column("step")
-    spread = Chart(
-        "Bias range",
-        "Largest minus smallest bias, over all layers. It grows until the layers are balanced, then levels off.",
-        "bias range (score)",
-        [Line("bias range", step, run.column("bias_range"))],
-        size=HALF,
-        from_zero=True,
-    )
-    dead = Chart(
-        "Dead experts",
-        "Experts of all layers that got no token in the step. Should reach 0 and stay there.",
-        "experts",
-        [Line("dead experts", step, run.column("dead_experts"))],
-        size=HALF,
-        from_zero=True,
-        whole=True,
-    )
-    return _section("Balance", [*cards, line_chart(spread), line_chart(dead)])
+    note = "Largest minus smallest bias, over all layers. It grows until the layers are balanced, then levels off."
+    spread = _column_chart(run, "bias_range", "Bias range", note, "bias range (score)", from_zero=True)
+    note = "Experts of all layers that got no token in the step. Should reach 0 and stay there."
+    dead = _column_chart(run, "dead_experts", "Dead experts", note, "experts", from_zero=True, whole=True)
+    return _section("Balance", [*cards, spread, dead])
 
 
 def _violation_chart(run: RunData, labels: list[str]) -> Chart:
     step, violation_NL = run.column("step"), run.violation_NL()
     names = labels if len(labels) == violation_NL.shape[1] else [str(layer) for layer in range(violation_NL.shape[1])]
-    faint = min(0.5, max(0.15, 8 / max(1, len(names))))  # many lines make a cloud, few stay lines
+    faint = min(0.5, max(0.15, 8 / max(1, len(names))))  # the more lines, the fainter
     layers = [
         Line("each layer" if layer == 0 else name, step, violation_NL[:, layer], "thin", layer == 0, faint)
         for layer, name in enumerate(names)
@@ -165,24 +146,12 @@ def _violation_chart(run: RunData, labels: list[str]) -> Chart:
 
 
 def _cost(run: RunData) -> str:
-    step = run.column("step")
-    skew = Chart(
-        "Rank skew",
-        "Routed rows of the busiest rank over the mean of all ranks. At 1 no rank waits for another.",
-        "busiest rank / mean",
-        [Line("rank skew", step, run.column("rank_skew"))],
-        references=[Reference("even", 1.0)],
-        size=HALF,
-    )
-    speed = Chart(
-        "Throughput",
-        "Tokens that all ranks together train on per second, evaluation and saving left out.",
-        "tokens/s",
-        [Line("tokens/s", step, run.column("tokens_per_second"))],
-        size=HALF,
-        from_zero=True,
-    )
-    return _section("Cost", [line_chart(skew), line_chart(speed)])
+    note = "Routed rows of the busiest rank over the mean of all ranks. At 1 no rank waits for another."
+    even = [Reference("even", 1.0)]
+    skew = _column_chart(run, "rank_skew", "Rank skew", note, "busiest rank / mean", references=even)
+    note = "Training tokens per second of all ranks together, without evaluation and saving."
+    speed = _column_chart(run, "tokens_per_second", "Throughput", note, "tokens/s", label="tokens/s", from_zero=True)
+    return _section("Cost", [skew, speed])
 
 
 def _section(title: str, cards: list[str]) -> str:

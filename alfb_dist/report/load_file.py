@@ -1,8 +1,8 @@
-"""loads.bin: load and bias of every layer and expert, one fixed-size record a logged step.
+"""loads.bin: load and bias of every layer and expert, one fixed-size record per logged step.
 
 The file starts with one line of JSON that names the layers, their number L, the number of experts E and the layout
 of a record. Records follow without gaps, little-endian: step int64, load int64[L, E], bias float32[L, E]. So a reader
-can map the file, a crash can only cut the last record, and a cut-off record is simply not read.
+can map the file, and a crash can only truncate the last record, which is then ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from alfb_dist.report.append_file import AppendFile
 
 _FORMAT = "alfb-loads"
 _VERSION = 1
-_LONGEST_HEADER = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LoadFile:
     """The open loads.bin of a run."""
 
     def __init__(self, path: Path, *, layer_names: Sequence[str], last_step: int) -> None:
-        """An existing file is cut to whole records up to `last_step`; a new one is made by the first append."""
+        """Cut an existing file to whole records up to `last_step`; a new one is created by the first append."""
         self._path = path
         self._layer_names = tuple(layer_names)
         self._layout = _read_layout(path)
@@ -64,10 +64,7 @@ class LoadFile:
             self._file = AppendFile(path, size=self._layout.header_bytes + kept * self._layout.record.itemsize)
 
     def append(self, step: int, load_LE: NDArray[np.int64], bias_LE: NDArray[np.float32]) -> None:
-        """The record is the file's last.
-
-        Raises ValueError for another (L, E) than the file's, OSError if the disk refuses.
-        """
+        """Append a record. Raises ValueError if (L, E) is not the file's, OSError if it cannot be written."""
         if self._file is None or self._layout is None:
             self._start(load_LE.shape[1])
         assert self._file is not None and self._layout is not None
@@ -92,13 +89,13 @@ class LoadFile:
         self._file, self._layout = file, _Layout(self._layer_names, num_experts, len(header))
 
     def close(self) -> None:
-        """The file is closed."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 def read_loads(path: Path) -> Loads | None:
-    """Every whole record of a loads.bin, mapped and not copied; None if there is no file with a whole header."""
+    """Map every whole record of a loads.bin, without a copy; None if there is no file with a whole header."""
     layout = _read_layout(path)
     if layout is None:
         return None
@@ -126,12 +123,12 @@ def _header(layer_names: tuple[str, ...], num_experts: int) -> bytes:
 
 
 def _read_layout(path: Path) -> _Layout | None:
-    """The layout that the header names, None without a whole header. Raises ValueError for another kind of file."""
+    """Read the header; None without a whole one. Raises ValueError if the file is of another kind."""
     if not path.exists():
         return None
     with open(path, "rb") as file:
-        line = file.readline(_LONGEST_HEADER)
-    if not line.endswith(b"\n") and len(line) < _LONGEST_HEADER:
+        line = file.readline(_MAX_HEADER_BYTES)
+    if not line.endswith(b"\n") and len(line) < _MAX_HEADER_BYTES:
         return None
     try:
         header = json.loads(line)
@@ -140,7 +137,9 @@ def _read_layout(path: Path) -> _Layout | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not start with the header of an {_FORMAT} file") from error
     if not known:
-        raise ValueError(f"{path} is {header['format']} version {header['version']}, not {_FORMAT} {_VERSION}")
+        raise ValueError(
+            f"{path} is {header['format']} version {header['version']}, only {_FORMAT} {_VERSION} can be read"
+        )
     return layout
 
 

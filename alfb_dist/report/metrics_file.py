@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, one line a record."""
+"""metrics.jsonl: one record per line, as a JSON object."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from alfb_dist.report.append_file import AppendFile
 
 
 class MetricsFile:
-    """The open metrics.jsonl of a run; every appended record is readable by others at once."""
+    """The open metrics.jsonl of a run; others can read a record as soon as it is appended."""
 
     def __init__(self, path: Path, *, last_step: int) -> None:
-        """Open `path` with the records up to `last_step` kept; later ones and a cut-off last line are dropped."""
+        """Open `path` and keep its records up to `last_step`; later ones and a truncated last line are dropped."""
         self._file = AppendFile(path, size=_bytes_up_to(path, last_step))
 
     def append(self, record: dict[str, Any]) -> None:
-        """The record is the file's last line. NaN and infinities become null. Raises OSError if the disk refuses."""
+        """Append a record; NaN and infinities become null. Raises OSError if it cannot be written."""
         self._file.append(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        """The file is closed."""
+        """Close the file."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, oldest first; damaged lines are left out, a missing file has none."""
+    """Read the records of a metrics.jsonl, oldest first, without damaged lines; none if there is no file."""
     if not path.exists():
         return []
     records = (_parse(line) for line in path.read_bytes().splitlines())
@@ -35,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """The value with every float that JSON cannot hold replaced by None, lists, tuples and dicts included."""
+    """Replace every NaN and infinity by None, also inside lists, tuples and dicts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -46,7 +46,7 @@ def finite(value: Any) -> Any:
 
 
 def _bytes_up_to(path: Path, last_step: int) -> int:
-    """Length of the part of the file that a run resumed after `last_step` keeps."""
+    """Return the size of the records that a run resumed after `last_step` keeps."""
     kept = 0
     if not path.exists():
         return kept

@@ -1,4 +1,4 @@
-"""The frame of report.html: style, script and document, all in the page itself."""
+"""The frame of report.html: style, script and document in one page."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ document.querySelectorAll('image.heat').forEach(image=>{
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML document that needs nothing from outside itself."""
+    """Return a whole HTML document that loads nothing from elsewhere."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -11,24 +11,24 @@ import numpy as np
 from alfb_dist.report.chart import figure
 from alfb_dist.report.heatmap import CAP, COLD, HOT, Shade, binned_ratio, load_ratio, picture, shade
 from alfb_dist.report.load_file import Loads
-from alfb_dist.report.svg import Axis, Values, band, frame, path, tick_text, value_range
+from alfb_dist.report.svg import Axis, Values, band, extent, frame, path, slices, tick_text, value_range
 
 _WIDTH, _HEIGHT = 300, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 40
 _PIXELS = 1_400_000  # of all load pictures together, which keeps the page under 3 MB
-_MOST_COLUMNS = 400
+_MAX_COLUMNS = 400
 _POINTS = 80_000  # of all bias lines together
-_MOST_BIAS_LINES = 32  # experts; above, bands are readable and lines are not
-_FEW_LAYERS = 12  # panels that stand open
+_MAX_BIAS_LINES = 32  # experts; of more, bands are readable and lines are not
+_OPEN_PANELS = 12
 
 
 def load_panels(loads: Loads, labels: Sequence[str]) -> str:
-    """Per layer, the load of every expert over the run as colour."""
+    """Draw for each layer the load of every expert over the run as colour."""
     _, num_layers, num_experts = loads.shape
-    columns = max(20, min(_MOST_COLUMNS, _PIXELS // (num_layers * num_experts)))
+    columns = max(20, min(_MAX_COLUMNS, _PIXELS // (num_layers * num_experts)))
     shade_LEC = np.moveaxis(shade(binned_ratio(loads.load_NLE, columns)), 0, -1)
-    steps = _column_steps(loads, shade_LEC.shape[-1])
-    x_axis = Axis(*_span(loads.steps.astype(np.float64)), _LEFT, _WIDTH - _RIGHT)
+    steps = [int(loads.steps[part.start]) for part in slices(len(loads.steps), columns)]
+    x_axis = Axis(*extent(loads.steps), _LEFT, _WIDTH - _RIGHT)
     panels = [_load_panel(label, shade_EC, x_axis) for label, shade_EC in zip(labels, shade_LEC)]
     note = (
         "One row per expert, time runs to the right. No colour: the expert gets its fair share of tokens. "
@@ -39,7 +39,7 @@ def load_panels(loads: Loads, labels: Sequence[str]) -> str:
 
 
 def last_load(loads: Loads, labels: Sequence[str]) -> str:
-    """All layers and experts at the last logged step in one picture."""
+    """Draw the load of all layers and experts at the last logged step in one picture."""
     num_layers, num_experts = loads.shape[1:]
     height = min(520, max(90, 14 * num_layers)) + _BOTTOM
     x_axis = Axis(-0.5, num_experts - 0.5, 74, 1106, whole=True)
@@ -51,14 +51,14 @@ def last_load(loads: Loads, labels: Sequence[str]) -> str:
 
 
 def bias_panels(loads: Loads, labels: Sequence[str]) -> str:
-    """Per layer, the routing bias of every expert over the run: lines for few experts, bands for many."""
+    """Draw for each layer the routing biases over the run: lines for few experts, bands for many."""
     num_records, num_layers, num_experts = loads.shape
-    as_lines = num_experts <= _MOST_BIAS_LINES
+    as_lines = num_experts <= _MAX_BIAS_LINES
     per_line = _POINTS // (num_layers * (num_experts if as_lines else 5))
     kept = np.unique(np.linspace(0, num_records - 1, max(12, min(200, per_line))).astype(int))
     steps, bias_NLE = loads.steps[kept].astype(np.float64), loads.bias_NLE[kept].astype(np.float64)
     low, high = value_range([bias_NLE.ravel()], include=(0.0,))
-    x_axis = Axis(*_span(steps), _LEFT, _WIDTH - _RIGHT)
+    x_axis = Axis(*extent(steps), _LEFT, _WIDTH - _RIGHT)
     y_axis = Axis(min(low, -high * 0.02), max(high, -low * 0.02), _HEIGHT - _BOTTOM, _TOP)
     draw = _bias_lines if as_lines else _bias_bands
     panels = [
@@ -68,8 +68,8 @@ def bias_panels(loads: Loads, labels: Sequence[str]) -> str:
         for label, bias in zip(labels, np.moveaxis(bias_NLE, 1, 0))
     ]
     note = (
-        "What the update rule adds to an expert's score when experts are chosen. It climbs while the expert gets too "
-        "few tokens, sinks while it gets too many, and levels off in balance. All panels share one scale."
+        "What the update rule adds to an expert's score when experts are chosen. It rises while the expert gets too "
+        "few tokens, falls while it gets too many, and levels off in balance. All panels share one scale."
     )
     return figure("Routing bias, layer by layer", note, _bias_key(as_lines) + _grid(panels))
 
@@ -82,7 +82,7 @@ def _load_panel(label: str, shade_EC: Shade, x_axis: Axis) -> str:
 
 
 def _matrix(shade_LE: Shade, labels: list[str], x_axis: Axis, height: int) -> str:
-    """The layers x experts picture with its layer names."""
+    """Draw the layers x experts picture with the layers' names."""
     bottom = height - _BOTTOM
     y_axis = Axis(0, len(labels), 8, bottom)
     image = _image(shade_LE, x_axis.start, 8, x_axis.stop - x_axis.start, bottom - 8, "")
@@ -131,7 +131,7 @@ def _bias_bands(x_axis: Axis, y_axis: Axis, steps: Values, bias_NE: Values) -> s
 
 def _bias_key(as_lines: bool) -> str:
     entries = (
-        [("bias below", "expert with too few tokens of its own"), ("bias above", "expert with too many")]
+        [("bias below", "expert that would get too few tokens"), ("bias above", "expert that would get too many")]
         if as_lines
         else [("main", "median expert"), ("inner", "10 to 90 % of experts"), ("outer", "all experts")]
     )
@@ -151,8 +151,8 @@ def _colour_key() -> str:
 
 
 def _grid(panels: list[str], data: str = "") -> str:
-    """The first panels in sight, the rest of many behind a fold."""
-    shown, hidden = panels[:_FEW_LAYERS], panels[_FEW_LAYERS:]
+    """Show the first panels and fold the rest away."""
+    shown, hidden = panels[:_OPEN_PANELS], panels[_OPEN_PANELS:]
     grid = f'<div class="panels">{"".join(shown)}</div>'
     if hidden:
         summary = f"<summary>{len(hidden)} more layers</summary>"
@@ -172,14 +172,3 @@ def _frame(x_axis: Axis, y_axis: Axis, y_label: str) -> str:
 def _zero(x_axis: Axis, y_axis: Axis) -> str:
     y = float(y_axis.position(0.0))
     return f'<line class="reference" x1="{x_axis.start:g}" x2="{x_axis.stop:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
-
-
-def _column_steps(loads: Loads, columns: int) -> list[int]:
-    """The step that each column of a picture starts at."""
-    first = np.linspace(0, len(loads.steps), columns + 1).astype(int)[:-1]
-    return [int(step) for step in loads.steps[first]]
-
-
-def _span(steps: Values) -> tuple[float, float]:
-    low, high = float(steps[0]), float(steps[-1])
-    return (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -1,4 +1,4 @@
-"""Small indexed PNG pictures, written without an image library."""
+"""Indexed PNG pictures, encoded without an image library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def png(pixels_HW: NDArray[np.uint8], palette_RGBA: NDArray[np.uint8]) -> bytes:
-    """An 8-bit indexed PNG file of the pixels. palette_RGBA: uint8 (colours, 4), at most 256. Source: RFC 2083."""
+    """Encode the pixels as an 8-bit indexed PNG. palette_RGBA: uint8 (colours, 4), at most 256. Source: RFC 2083."""
     height, width = pixels_HW.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette, no interlace
     scanlines = np.zeros((height, width + 1), dtype=np.uint8)  # each row starts with filter 0: none
@@ -29,7 +29,7 @@ def png(pixels_HW: NDArray[np.uint8], palette_RGBA: NDArray[np.uint8]) -> bytes:
 
 
 def data_uri(picture: bytes) -> str:
-    """The picture as an address that a page can hold in itself."""
+    """Return the picture as a data URI, which a page can contain."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 

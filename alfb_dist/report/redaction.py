@@ -1,4 +1,4 @@
-"""Secrets of the environment, kept out of everything that is written."""
+"""Removes secrets from everything that is written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from typing import Any
 
 _SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
-_SHORTEST = 8  # shorter values are words such as "true", which would be cut out of innocent text
+_MIN_LENGTH = 8  # shorter values are words such as "true", which occur in harmless text
 _MARK = "[redacted]"
 
 
 def redact(value: Any) -> Any:
-    """The value without any secret that an environment variable holds, in strings at any depth of lists and dicts."""
+    """Replace the secrets of the environment in strings, also inside lists and dicts."""
     return _replace(value, _secrets())
 
 
 def _secrets() -> list[str]:
-    """Values of the variables whose names speak of a key, token, secret or password; the longest first."""
-    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+    """Return the values of the variables named like a key, token, secret or password, the longest first."""
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _MIN_LENGTH}
     return sorted(found, key=len, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""What a run folder tells: configuration, metrics, loads and summary, as arrays."""
+"""The files of a run directory: configuration, metrics, loads and summary, as arrays."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Records = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunData:
-    """One run as read from its folder; a running, crashed or empty run has less in it, never an error."""
+    """One run as read from its directory; what a running or crashed run has not written is empty."""
 
-    folder: Path
+    directory: Path
     config: dict[str, Any]
     summary: dict[str, Any]
     training: Records
@@ -30,19 +30,19 @@ class RunData:
 
     @property
     def name(self) -> str:
-        """The run's name: the folder's."""
-        return self.folder.resolve().name
+        """The run's name, which is its directory's."""
+        return self.directory.resolve().name
 
     def column(self, key: str) -> NDArray[np.float64]:
-        """One value per training record, NaN where it is missing."""
+        """Return one value per training record, NaN where it is missing."""
         return _column(self.training, key)
 
     def evaluation_column(self, key: str) -> NDArray[np.float64]:
-        """One value per evaluation record, NaN where it is missing."""
+        """Return one value per evaluation record, NaN where it is missing."""
         return _column(self.evaluation, key)
 
     def violation_NL(self) -> NDArray[np.float64]:
-        """MaxVio of every training record and layer, NaN where it is missing; (N, 0) if no record names layers."""
+        """Return MaxVio of every training record and layer, NaN where it is missing; (N, 0) if no record has layers."""
         rows = [_numbers(record.get("max_violation_batch_per_layer")) for record in self.training]
         width = max((len(row) for row in rows), default=0)
         violation_NL = np.full((len(rows), width), np.nan)
@@ -51,30 +51,30 @@ class RunData:
         return violation_NL
 
     def layer_labels(self) -> list[str]:
-        """A short name per MoE layer: "layer 3" for "model.layers.3.mlp", the name itself where no number is in it."""
+        """Return a short name per MoE layer: "layer 3" for "model.layers.3.mlp", a name without a number unchanged."""
         if self.loads is not None:
             return [_short(name) for name in self.loads.layer_names]
         return [f"MoE layer {index}" for index in range(self.violation_NL().shape[1])]
 
 
-def read_run(run_folder: Path) -> RunData:
-    """The run in `run_folder`, as far as it has come. Raises FileNotFoundError if the folder holds no run."""
-    folder = Path(run_folder)
-    if not any((folder / name).exists() for name in (CONFIG, METRICS, LOADS)):
-        raise FileNotFoundError(f"{folder} is not a run folder: it has none of {CONFIG}, {METRICS}, {LOADS}")
-    records = read_metrics(folder / METRICS)
+def read_run(run_directory: Path) -> RunData:
+    """Read a running or finished run from its directory. Raises FileNotFoundError if that holds no run."""
+    directory = Path(run_directory)
+    if not any((directory / name).exists() for name in (CONFIG, METRICS, LOADS)):
+        raise FileNotFoundError(f"{directory} is not a run directory: it has none of {CONFIG}, {METRICS}, {LOADS}")
+    records = read_metrics(directory / METRICS)
     return RunData(
-        folder=folder,
-        config=_read_object(folder / CONFIG),
-        summary=_read_object(folder / SUMMARY),
+        directory=directory,
+        config=_read_object(directory / CONFIG),
+        summary=_read_object(directory / SUMMARY),
         training=[record for record in records if "loss" in record],
         evaluation=[record for record in records if "val_loss" in record],
-        loads=read_loads(folder / LOADS),
+        loads=read_loads(directory / LOADS),
     )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; empty if it is missing or damaged, since a report is drawn from what is there."""
+    """Read the JSON object in the file; empty if missing or damaged, since a report draws what there is."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

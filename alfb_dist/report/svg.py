@@ -1,4 +1,4 @@
-"""Axes and lines in SVG: from numbers to positions, ticks and paths."""
+"""Axes and lines in SVG: positions, ticks and paths."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,9 @@ _LINEAR_UP_TO = 0.1  # a symlog axis is linear below and logarithmic above
 
 @dataclass(frozen=True)
 class Axis:
-    """A number line laid on pixels.
+    """A scale from low..high to the pixels start..stop.
 
-    symlog: shows 0 and several powers of ten on one axis; meant for values >= 0. whole: ticks at whole numbers only.
+    symlog: linear near 0 and logarithmic above, for values >= 0. whole: ticks at whole numbers only.
     """
 
     low: float
@@ -31,13 +32,13 @@ class Axis:
     whole: bool = False
 
     def position(self, values: Values | float) -> Values:
-        """Pixel of each value; NaN stays NaN."""
-        low, high = self._bend(self.low), self._bend(self.high)
-        share = (self._bend(np.asarray(values, dtype=np.float64)) - low) / ((high - low) or 1.0)
+        """Return the pixel of each value; NaN stays NaN."""
+        low, high = self._scale(self.low), self._scale(self.high)
+        share = (self._scale(np.asarray(values, dtype=np.float64)) - low) / ((high - low) or 1.0)
         return np.asarray(self.start + share * (self.stop - self.start))
 
     def ticks(self, wanted: int = 5) -> list[float]:
-        """About `wanted` round values from low to high."""
+        """Return about `wanted` round values from low to high."""
         if not self.symlog:
             ticks = nice_ticks(self.low, self.high, wanted)
             return [tick for tick in ticks if not self.whole or tick == int(tick)]
@@ -45,12 +46,12 @@ class Axis:
         inside = [tick for tick in decades if self.low <= tick <= self.high]
         return inside if len(inside) <= wanted + 3 else [tick for tick in inside if f"{tick:g}".strip("0.")[:1] != "2"]
 
-    def _bend(self, values: Values | float) -> Values:
+    def _scale(self, values: Values | float) -> Values:
         return np.arcsinh(np.asarray(values) / _LINEAR_UP_TO) if self.symlog else np.asarray(values)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """About `wanted` multiples of 1, 2 or 5 times a power of ten within [low, high]."""
+    """Return about `wanted` multiples of 1, 2 or 5 times a power of ten within [low, high]."""
     span = high - low
     if span <= 0 or not math.isfinite(span):
         return [low]
@@ -63,12 +64,12 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A tick's label: 0, 0.05, 1.5, 20k."""
+    """Return a tick's label: 0, 0.05, 1.5, 20k."""
     return count(value) if abs(value) >= 10_000 else f"{value:g}"
 
 
 def value_range(columns: list[Values], *, include: tuple[float, ...] = ()) -> tuple[float, float]:
-    """Smallest and largest finite value of all columns and of `include`, widened a little; (0, 1) if there is none."""
+    """Return the range of all finite values and of `include`, widened a little; (0, 1) if there is none."""
     joined = np.concatenate([*columns, np.array(include, dtype=np.float64)])
     known = joined[np.isfinite(joined)]
     if not len(known):
@@ -78,23 +79,34 @@ def value_range(columns: list[Values], *, include: tuple[float, ...] = ()) -> tu
     return (low if low in include else low - margin), high + margin
 
 
-def thinned(x: Values, y: Values, limit: int) -> tuple[Values, Values]:
-    """At most about `limit` points that keep each stretch's lowest and highest value, and gaps where all is NaN."""
+def extent(values: NDArray[Any]) -> tuple[float, float]:
+    """Return the smallest and the largest value, half a unit further apart on each side if they are equal."""
+    low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def slices(length: int, parts: int) -> list[slice]:
+    """Cut range(length) into at most `parts` slices of about equal length."""
+    edges = np.linspace(0, length, min(parts, length) + 1).astype(int).tolist()
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def downsample(x: Values, y: Values, limit: int) -> tuple[Values, Values]:
+    """Keep about `limit` points: the lowest and the highest of each slice, and a gap where all of it is NaN."""
     if len(x) <= limit:
         return x, y
     kept: list[int] = []
-    edges = np.linspace(0, len(x), max(limit // 2, 1) + 1).astype(int)
-    for start, stop in pairwise(edges):
-        part = y[start:stop]
-        if np.isfinite(part).any():
-            kept += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
+    for part in slices(len(x), max(limit // 2, 1)):
+        values = y[part]
+        if np.isfinite(values).any():
+            kept += sorted({part.start + int(np.nanargmin(values)), part.start + int(np.nanargmax(values))})
         else:
-            kept.append(int(start))
+            kept.append(part.start)
     return x[kept], y[kept]
 
 
 def path(x_pixels: Values, y_pixels: Values) -> str:
-    """The d attribute of a line through the points, broken at NaN; a lone point becomes a dot under round caps."""
+    """Return the d attribute of a line through the points, broken at NaN; a single point becomes a dot."""
     pieces: list[str] = []
     pen_down = False
     for x, y in zip(x_pixels.tolist(), y_pixels.tolist()):
@@ -107,7 +119,7 @@ def path(x_pixels: Values, y_pixels: Values) -> str:
 
 
 def band(x_pixels: Values, low_pixels: Values, high_pixels: Values) -> str:
-    """The points attribute of the polygon between two lines, points with NaN left out."""
+    """Return the points attribute of the polygon between two lines, without points that are NaN."""
     known = np.isfinite(low_pixels) & np.isfinite(high_pixels)
     x, low, high = x_pixels[known], low_pixels[known], high_pixels[known]
     corners = [*zip(x, low), *zip(x[::-1], high[::-1])]
@@ -115,7 +127,7 @@ def band(x_pixels: Values, low_pixels: Values, high_pixels: Values) -> str:
 
 
 def frame(x_axis: Axis, y_axis: Axis, *, x_label: str, y_label: str, x_ticks: int = 8, y_ticks: int = 5) -> str:
-    """Grid lines, tick labels and axis labels of a chart."""
+    """Draw grid lines, tick labels and axis labels of a chart."""
     left, right = x_axis.start, x_axis.stop
     top, bottom = sorted((y_axis.start, y_axis.stop))
     parts = []

@@ -1,4 +1,4 @@
-"""What is logged to wandb: the same few keys for any number of layers and experts."""
+"""The values logged to wandb: the same few keys for any number of layers and experts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EVALUATION = {
 
 
 def training_values(record: dict[str, Any], load_LE: np.ndarray[Any, Any] | None, layer_names: Sequence[str]) -> Values:
-    """The record under wandb's keys; with loads, also a layer x expert picture of them."""
+    """Return the record under wandb's keys; with loads, also a layer x expert picture of them."""
     values = _renamed(record, _TRAINING)
     per_layer = record.get("max_violation_batch_per_layer")
     values |= _spread("balance/max_violation_batch", np.array(per_layer or [], dtype=np.float64))
@@ -43,7 +43,7 @@ def training_values(record: dict[str, Any], load_LE: np.ndarray[Any, Any] | None
 
 
 def evaluation_values(record: dict[str, Any], load_LE: np.ndarray[Any, Any], layer_names: Sequence[str]) -> Values:
-    """The record under wandb's keys, with the spread over layers of the loads' MaxVio_global and their picture."""
+    """Return the record under wandb's keys, MaxVio_global over layers, and a picture of the loads."""
     values = _renamed(record, _EVALUATION)
     values |= _spread("balance/max_violation_global", load_ratio(load_LE).max(axis=1) - 1)
     values["balance/load_global"] = _load_panel(record["step"], load_LE, layer_names)
@@ -56,17 +56,17 @@ def _renamed(record: dict[str, Any], keys: dict[str, str]) -> Values:
 
 
 def _spread(name: str, per_layer_L: np.ndarray[Any, Any]) -> Values:
-    """Worst layer and histogram over layers: two keys whatever the number of layers."""
+    """Return the worst layer and a histogram over layers: two keys for any number of layers."""
     import wandb
 
-    known = per_layer_L[np.isfinite(per_layer_L)]
-    if not len(known):
+    finite = per_layer_L[np.isfinite(per_layer_L)]
+    if not len(finite):
         return {}
-    return {f"{name}_worst_layer": float(known.max()), f"{name}_per_layer": wandb.Histogram(known.tolist())}
+    return {f"{name}_worst_layer": float(finite.max()), f"{name}_per_layer": wandb.Histogram(finite.tolist())}
 
 
 def _load_panel(step: int, load_LE: np.ndarray[Any, Any], layer_names: Sequence[str]) -> Any:
-    """The loads as a picture with a name and MaxVio per row, in HTML, which needs no image library."""
+    """Return the loads as a picture with a name and MaxVio per row, in HTML, which needs no image library."""
     import wandb
 
     ratio_LE = load_ratio(load_LE)
@@ -76,8 +76,8 @@ def _load_panel(step: int, load_LE: np.ndarray[Any, Any], layer_names: Sequence[
     )
     html = (
         "<body style='font:13px system-ui,sans-serif;background:#fff;color:#222'>"
-        f"<p>Step {step}: load of every layer (row) and expert (column). Red: over the mean, full at {CAP:g} times; "
-        f"blue: under it, full at 1/{CAP:g}; white: the mean.</p>"
+        f"<p>Step {step}: load of every layer (row) and expert (column). Red: above the mean, full at {CAP:g} times; "
+        f"blue: below it, full at 1/{CAP:g}; white: the mean.</p>"
         "<img style='width:100%;min-height:120px;image-rendering:pixelated;border:1px solid #ddd' "
         f"src='{picture(shade(ratio_LE))}'>"
         f"<table><tr><th align='left'>layer</th><th>MaxVio</th></tr>{rows}</table></body>"

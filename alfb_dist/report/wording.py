@@ -1,4 +1,4 @@
-"""Numbers and durations in few characters."""
+"""Numbers, bytes and durations in few characters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def count(value: Any, digits: int = 3) -> str:
-    """A number to `digits` digits: 950, 12.3k, 4.56M, 671B; "-" if there is none."""
+    """Return a number to `digits` digits: 950, 12.3k, 4.56M, 671B; "-" if there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     for size, unit in _UNITS:
-        if abs(value) >= size * (1 - 0.5 * 10**-digits):  # what would be rounded up to the unit takes the unit
+        if abs(value) >= size * (1 - 0.5 * 10**-digits):  # also what would be rounded up to the unit
             scaled = value / size
             decimals = max(0, digits - len(f"{abs(scaled):.0f}"))
             return f"{scaled:.{decimals}f}{unit}"
@@ -21,14 +21,23 @@ def count(value: Any, digits: int = 3) -> str:
 
 
 def decimal(value: Any, decimals: int = 3) -> str:
-    """A number with fixed decimals, "-" if there is none."""
+    """Return a number with fixed decimals, "-" if there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     return f"{value:.{decimals}f}"
 
 
+def human(num_bytes: float) -> str:
+    """Return a number of bytes in powers of 1024: 1536 as "1.5 KiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while abs(num_bytes) >= 1024 and power < len(units) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:.{0 if power == 0 else 1}f} {units[power]}"
+
+
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss under an hour; "-" if unknown."""
+    """Return seconds as h:mm:ss, or m:ss under an hour; "-" if unknown."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)

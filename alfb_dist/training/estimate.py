@@ -10,6 +10,7 @@ import torch
 
 from alfb_dist.config import Config
 from alfb_dist.moe.families.blocks import moe_blocks
+from alfb_dist.report.wording import count, human
 from alfb_dist.training.model import meta_model
 
 
@@ -72,15 +73,6 @@ def estimate(config: Config, world_size: int) -> Estimate:
     )
 
 
-def human(number: float, unit: str = "B") -> str:
-    """1536 as '1.5 KiB'; with another unit in powers of 1000."""
-    base, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (1000, ("", "K", "M", "B", "T"))
-    power = 0
-    while abs(number) >= base and power < len(prefixes) - 1:
-        number, power = number / base, power + 1
-    return f"{number:.{0 if power == 0 else 1}f} {prefixes[power]}{unit}".rstrip()
-
-
 def table_rows(e: Estimate, world_size: int, config: Config) -> list[tuple[str, str]]:
     """The estimate in words, for a table."""
     return [
@@ -89,9 +81,9 @@ def table_rows(e: Estimate, world_size: int, config: Config) -> list[tuple[str, 
             f"{world_size} = {config.parallel.ep_degree} expert-parallel x {world_size // config.parallel.ep_degree}",
         ),
         ("MoE layers", str(e.moe_layers)),
-        ("parameters in all", human(e.parameters, "")),
-        ("parameters per token", human(e.active_parameters, "")),
-        ("parameters per rank", human(e.rank_parameters, "")),
+        ("parameters in all", count(e.parameters)),
+        ("parameters per token", count(e.active_parameters)),
+        ("parameters per rank", count(e.rank_parameters)),
         ("weights per rank", human(e.weight_bytes)),
         ("gradients per rank", human(e.gradient_bytes)),
         ("optimizer per rank", human(e.optimizer_bytes)),

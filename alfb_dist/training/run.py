@@ -29,7 +29,7 @@ from alfb_dist.engine.ds_config import derive_ds_config, lr_schedule
 from alfb_dist.engine.initialize import quiet, start_engine
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.pretrained.importing import RELEASED
-from alfb_dist.report import NullReporter, Reporter, open_reporter
+from alfb_dist.report import NullReporter, Reporter
 from alfb_dist.report.console import print_table
 from alfb_dist.training.model import build_model, count_parameters, parameter_groups, transformers_config
 from alfb_dist.training.run_folder import (
@@ -240,9 +240,8 @@ def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:
         unigram_entropy=run.summary["unigram_entropy"],
     )
     write_config(run.folder, description)
-    run.reporter = open_reporter(
+    run.reporter = Reporter(
         run.folder,
-        rank=0,
         total_steps=config.train.steps,
         first_step=run.first_step,
         config=description,

@@ -9,6 +9,8 @@ from typing import Any
 
 from alfb_dist.config import Config
 from alfb_dist.config.provenance import git_commit, versions
+from alfb_dist.config.publish import publish
+from alfb_dist.report.facts import flatten
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
@@ -45,9 +47,8 @@ def describe_run(config: Config, **facts: Any) -> dict[str, Any]:
 
 def write_config(folder: Path, description: dict[str, Any]) -> None:
     """folder/config.json holds the description, whole or not at all."""
-    aside = folder / "config.json.tmp"
-    aside.write_text(json.dumps(description, indent=1) + "\n")
-    aside.replace(folder / "config.json")
+    with publish(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
 
 
 def changed_settings(folder: Path, config: Config) -> list[str]:
@@ -56,18 +57,11 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
         before = json.loads((folder / "config.json").read_text())["config"]
     except (OSError, ValueError, KeyError):
         return [f"{folder / 'config.json'} cannot be read: whether settings have changed is not known"]
-    old, new = _flat(before), flat_settings(config)
+    old, new = dict(flatten(before)), flat_settings(config)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key != "run.resume"]
     return [f"changed since: {key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """The configuration as one table, with keys such as balance.rate."""
-    return _flat(config.model_dump(mode="json"))
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+    return dict(flatten(config.model_dump(mode="json")))

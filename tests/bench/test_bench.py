@@ -1,4 +1,4 @@
-"""`alfb bench`: sizes and refusals, what is measured and how, and one run of it on two ranks."""
+"""`alfb bench`: sizes and refusals, what is measured and how, and a run on two ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alfb_dist.bench import contestants, document, memory, timing, worker
-from alfb_dist.bench import spawn as launching
-from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_tokens, make_weights, products, run_of
+from alfb_dist.bench import contestants, document, memory, spawn, timing, worker
+from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_run, make_tokens, make_weights, products
 from alfb_dist.bench.plot import bars
 from alfb_dist.bench.sizes import FLOOR, Case, scaled
 from alfb_dist.bench.tables import case_rows, scaling_rows
@@ -42,7 +41,7 @@ TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
         (["--scaling", "topk", "--values", "4,64"], "topk (64) must not be more than experts (32)"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(
+def test_impossible_sizes_are_refused(
     options: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a process was started"))
@@ -63,16 +62,14 @@ def test_scaling_leaves_out_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize(
     ("routing", "with_expert_0", "in_first_half"),
-    # of 16 experts, top 2; half of the tokens are drawn. hot_expert: they choose expert 0 and one of the other 15.
+    # Of 16 experts, top 2, for half of the tokens. hot_expert: they choose expert 0 and one of the other 15.
     [
         ("balanced", 2 / 16, 1 / 2),
         ("hot_expert", (1 + 2 / 16) / 2, ((1 + 7 / 15) / 2 + 1 / 2) / 2),
         ("hot_rank", (2 / 8 + 2 / 16) / 2, (1 + 1 / 2) / 2),
     ],
 )
-def test_half_of_the_tokens_are_drawn_to_where_it_is_hot(
-    routing: str, with_expert_0: float, in_first_half: float
-) -> None:
+def test_half_of_the_tokens_choose_the_hot_experts(routing: str, with_expert_0: float, in_first_half: float) -> None:
     case = Case(tokens=4000, hidden=64, experts=16, topk=2, routing=routing)
     weights = make_weights(case)
     ids = (make_tokens(case, weights, 0)[0] @ weights["gate"].T).topk(2).indices
@@ -87,21 +84,21 @@ def count_flops(run: Run) -> int:
     return counter.get_total_flops()
 
 
-def test_the_bare_products_are_those_of_the_block() -> None:
+def test_bare_products_have_as_many_flops_as_the_block() -> None:
     weights = make_weights(SMALL)
     block = build("transformers eager", SMALL, weights, CPU)
     x = make_tokens(SMALL, weights, 0).requires_grad_()
-    assert count_flops(products(SMALL, CPU)) == count_flops(run_of(block, x, torch.ones_like(x)))
+    assert count_flops(products(SMALL, CPU)) == count_flops(make_run(block, x, torch.ones_like(x)))
 
 
 def scripted(log: list[str], name: str) -> Run:
     return Run(lambda: log.append(name), lambda out: None)
 
 
-def test_contestants_take_turns_and_each_goes_first() -> None:
+def test_contestants_take_turns_and_each_is_first_in_some_rounds() -> None:
     log: list[str] = []
-    taken = timing.in_turn({n: scripted(log, n) for n in "ABC"}, 0.0, None, CPU)
-    assert {name: len(times) for name, times in taken.items()} == dict.fromkeys("ABC", timing.MIN_ROUNDS)
+    times = timing.time_in_turn({n: scripted(log, n) for n in "ABC"}, 0.0, None, CPU)
+    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("ABC", timing.MIN_ROUNDS)
     assert log[:6] == list("ABCABC")
     assert "".join(log[6:15]) == "BCACABABC"
 
@@ -115,7 +112,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 class _Keeps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.noted = [(torch.ones(50), 3)]
+        ctx.attributes = [(torch.ones(50), 3)]
         return x * 2
 
     @staticmethod
@@ -123,7 +120,7 @@ class _Keeps(torch.autograd.Function):
         return grads[0] * 2
 
 
-def test_kept_bytes_are_saved_tensors_and_attributes_once_each_without_parameters() -> None:
+def test_kept_bytes_count_saved_tensors_and_attributes_once_and_no_parameters() -> None:
     layer = nn.Linear(8, 4, bias=False)
     x = torch.randn(10, 8, requires_grad=True)
 
@@ -136,19 +133,19 @@ def test_kept_bytes_are_saved_tensors_and_attributes_once_each_without_parameter
     assert kept(lambda: _Keeps.apply(x)) == 50 * 4
 
 
-def test_the_peak_counts_what_lies_in_the_arena() -> None:
-    held = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, there before
+def test_peak_includes_the_arena() -> None:
+    earlier = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, not counted
 
     def forward() -> Tensor:
         arena.empty((4 << 20,), torch.empty(0))
         return arena.empty((1 << 20,), torch.empty(0))
 
-    for _ in range(2):  # with blocks that are made, and with those that were kept
+    for _ in range(2):  # with new blocks, then with reused ones
         assert memory.peak_bytes(Run(forward, lambda out: None)) == pytest.approx(16 << 20, rel=0.01)
-    assert held.numel()
+    assert earlier.numel()
 
 
-def test_the_peak_is_what_was_there_at_once() -> None:
+def test_peak_is_what_was_allocated_at_the_same_time() -> None:
     def forward() -> Tensor:
         a = torch.empty(100_000)
         b = torch.empty(50_000)
@@ -158,9 +155,9 @@ def test_the_peak_is_what_was_there_at_once() -> None:
     assert memory.peak_bytes(Run(forward, lambda out: None)) == pytest.approx(600_000, abs=1000)
 
 
-@pytest.mark.parametrize("way", ["expert_mlp", "grouped"])
-def test_a_routed_row_keeps_the_first_product_and_little_else(way: str) -> None:
-    """2F numbers a routed row; the rows themselves belong to the caller; the sort is small."""
+@pytest.mark.parametrize("path", ["expert_mlp", "grouped"])
+def test_a_routed_row_keeps_the_first_product_and_little_else(path: str) -> None:
+    """2F numbers per routed row and a small sort; the rows themselves belong to the caller."""
     rows, top_k, width, inner, num_experts = 200, 4, 64, 32, 8
     x = torch.randn(rows, width, requires_grad=True)
     weights = torch.rand(rows, top_k).requires_grad_()
@@ -169,7 +166,7 @@ def test_a_routed_row_keeps_the_first_product_and_little_else(way: str) -> None:
     down = torch.randn(num_experts, width, inner, requires_grad=True)
 
     def forward() -> Tensor:
-        if way == "grouped":
+        if path == "grouped":
             return grouped.GroupedMLP.apply(x, weights, gate_up, down, ids)
         return expert_mlp(x, ids, weights, gate_up, down, nn.SiLU())
 
@@ -186,17 +183,17 @@ def test_the_block_keeps_less_than_half_of_what_transformers_keeps() -> None:
     kept = {}
     for name in (*THEIRS, OURS):
         block = build(name, case, weights, CPU)
-        kept[name] = memory.kept_bytes(run_of(block, x, torch.ones_like(x)), block.parameters()) / case.rows
+        kept[name] = memory.kept_bytes(make_run(block, x, torch.ones_like(x)), block.parameters()) / case.rows
     assert kept[OURS] < 2000  # 2F numbers, K/4 of the token and of the shared expert's: 1845 bytes
     assert kept[OURS] < 0.5 * min(kept[name] for name in THEIRS)
 
 
-def test_a_case_is_measured_and_all_agree() -> None:
+def test_all_contestants_of_a_case_are_measured_and_agree() -> None:
     figures = worker.measure(SMALL, 0.0, CPU)
     assert set(figures["results"]) == {FLOOR, OURS, *THEIRS}
-    for name, one in figures["results"].items():
-        assert one["rounds"] == timing.MIN_ROUNDS
-        assert name == FLOOR or 0 <= one["difference"] < 1e-5
+    for name, result in figures["results"].items():
+        assert result["rounds"] == timing.MIN_ROUNDS
+        assert name == FLOOR or 0 <= result["difference"] < 1e-5
     assert figures["results"][FLOOR]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert {row[0] for row in case_rows(figures)} == set(figures["results"])
     assert bars(figures).count("<rect") == 4
@@ -204,12 +201,12 @@ def test_a_case_is_measured_and_all_agree() -> None:
     assert head[0] == "experts" and [row[0] for row in rows] == ["8", "8"]
 
 
-def test_what_is_very_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_slow_contestant_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = timing.time_once
     monkeypatch.setattr(worker, "SLOW_SECONDS", 0.0)
     monkeypatch.setattr(worker, "time_once", lambda *run: inner(*run) * 0 + 7)
     figures = worker.measure(SMALL, 0.0, CPU, with_memory=False)
-    assert {name: one["rounds"] for name, one in figures["results"].items()} == {
+    assert {name: result["rounds"] for name, result in figures["results"].items()} == {
         FLOOR: timing.MIN_ROUNDS,
         OURS: 1,
         **dict.fromkeys(THEIRS, 1),
@@ -242,31 +239,31 @@ def test_a_scaling_on_two_ranks_from_the_command_line(tmp_path: Path, capsys: py
     assert "experts" in capsys.readouterr().out
 
 
-def test_ranks_that_fail_are_told() -> None:
+def test_failing_ranks_raise_an_error_with_their_output() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)the benchmark's ranks failed.*out of range"):
-        launching.measure([Case(tokens=8, hidden=8, inter=8, experts=2, topk=3)], 0.01, print)
+        spawn.measure([Case(tokens=8, hidden=8, inter=8, experts=2, topk=3)], 0.01, print)
 
 
-def test_only_the_tables_asked_for_are_measured_anew() -> None:
+def test_only_matching_tables_of_a_document_are_measured_again() -> None:
     text = "a\n<!-- alfb bench --topk 2 -->\nold\nold\n<!-- end -->\nb\n<!-- alfb bench --topk 3 -->\n<!-- end -->\n"
-    renewed = document.renewed(text, "--topk 2", lambda arguments: f"new {arguments}")
-    assert renewed == (
+    updated = document.update_tables(text, "--topk 2", lambda arguments: f"new {arguments}")
+    assert updated == (
         "a\n<!-- alfb bench --topk 2 -->\n`alfb bench --topk 2`\n\nnew --topk 2\n<!-- end -->\nb\n"
         "<!-- alfb bench --topk 3 -->\n<!-- end -->\n"
     )
-    assert document.renewed(text, "", str).count("`alfb bench --topk") == 2
-    with pytest.raises(ValueError, match="no table's arguments hold '--topk 4'"):
-        document.renewed(text, "--topk 4", str)
+    assert document.update_tables(text, "", str).count("`alfb bench --topk") == 2
+    with pytest.raises(ValueError, match="no table's arguments contain '--topk 4'"):
+        document.update_tables(text, "--topk 4", str)
 
 
-def test_a_table_of_the_document_is_the_commands_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_of_a_document_is_what_the_command_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> Any:
         Path(command[-1], "bench.md").write_text(f"{command[2:-2]}\n\nmachine\n")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    shown = document.measured("--topk 2 --seconds 1")
-    assert shown.startswith("['alfb_dist.cli', 'bench', '--topk', '2', '--seconds', '1']\n\nmachine. 20")
+    table = document.measure_table("--topk 2 --seconds 1")
+    assert table.startswith("['alfb_dist.cli', 'bench', '--topk', '2', '--seconds', '1']\n\nmachine. 20")
     monkeypatch.setattr(subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "why"))
     with pytest.raises(RuntimeError, match=r"(?s)alfb bench --topk 2 failed.*why"):
-        document.measured("--topk 2")
+        document.measure_table("--topk 2")

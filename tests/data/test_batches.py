@@ -1,4 +1,4 @@
-"""Batches: what a micro-batch holds, and that every sample is held once over all ranks."""
+"""Batches: the contents of a micro-batch, and each sample once over all ranks."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def rows(batches: list[dict[str, torch.Tensor]], key: str = "input_ids") -> list
 def test_packed_samples_are_the_joined_documents_cut_up(opened: Opens) -> None:
     batches = Batches(opened([[1, 2, 3], [4], [5, 6, 7, 8], [0]]), 4, "packed")
     assert batches.num_samples == 3
-    held = list(batches.evaluation(3, rank=0, world=1, micro_batch=3))
-    assert rows(held) == [[1, 2, 3, 9], [4, 9, 5, 6], [7, 8, 9, 0]]
-    assert rows(held, "labels") == rows(held)
-    assert rows(held, "attention_mask") == [[1] * 4] * 3
+    micro_batches = list(batches.evaluation(3, rank=0, world=1, micro_batch=3))
+    assert rows(micro_batches) == [[1, 2, 3, 9], [4, 9, 5, 6], [7, 8, 9, 0]]
+    assert rows(micro_batches, "labels") == rows(micro_batches)
+    assert rows(micro_batches, "attention_mask") == [[1] * 4] * 3
 
 
 def test_padded_samples_are_documents_with_padding_masked(opened: Opens) -> None:
     batches = Batches(opened([[1, 2, 3], [4], [5, 6, 7, 8]]), 4, "padded", pad_id=0)
     assert batches.num_samples == 3
-    held = list(batches.evaluation(3, rank=0, world=1, micro_batch=3))
-    assert rows(held) == [[1, 2, 3, 9], [4, 9, 0, 0], [5, 6, 7, 8]]
-    assert rows(held, "labels") == [[1, 2, 3, 9], [4, 9, -100, -100], [5, 6, 7, 8]]
-    assert rows(held, "attention_mask") == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
+    micro_batches = list(batches.evaluation(3, rank=0, world=1, micro_batch=3))
+    assert rows(micro_batches) == [[1, 2, 3, 9], [4, 9, 0, 0], [5, 6, 7, 8]]
+    assert rows(micro_batches, "labels") == [[1, 2, 3, 9], [4, 9, -100, -100], [5, 6, 7, 8]]
+    assert rows(micro_batches, "attention_mask") == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 def test_padding_with_the_end_token_masks_the_padding_and_not_the_end(opened: Opens) -> None:
@@ -87,31 +87,31 @@ def test_a_step_is_the_same_for_any_world_and_micro_batch(
     batches = Batches(opened(some_documents()), 6, layout, pad_id=0, seed=5)
     every = rows(list(batches.evaluation(10**6, rank=0, world=1, micro_batch=1)))
     for step in (0, 1, 7, 1000):
-        held = [b for rank in range(world) for b in batches.step(step, 24, rank, world, micro_batch)]
-        assert len(held) == 24 // micro_batch
-        assert rows(held) == [every[i] for i in batch_ids(5, step, 24, batches.num_samples).tolist()]
+        micro_batches = [b for rank in range(world) for b in batches.step(step, 24, rank, world, micro_batch)]
+        assert len(micro_batches) == 24 // micro_batch
+        assert rows(micro_batches) == [every[i] for i in batch_ids(5, step, 24, batches.num_samples).tolist()]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 3])
-@pytest.mark.parametrize("num_sequences", [1, 2, 7, 12, 37, 1000])
-def test_evaluation_holds_each_sample_once_in_equally_many_micro_batches(
-    opened: Opens, world: int, micro_batch: int, num_sequences: int
+def test_evaluation_has_each_sample_once_in_equally_many_micro_batches(
+    opened: Opens, world: int, micro_batch: int
 ) -> None:
     documents = some_documents()
     batches = Batches(opened(documents), 20, "padded", pad_id=0)
-    held = [list(batches.evaluation(num_sequences, rank, world, micro_batch)) for rank in range(world)]
-    count = min(num_sequences, 37)
-    assert {len(h) for h in held} == {-(-count // (world * micro_batch))}
-    assert {tuple(b["input_ids"].shape) for h in held for b in h} == {(micro_batch, 20)}
-    everything = [(ids, mask) for h in held for ids, mask in zip(rows(h), rows(h, "attention_mask"))]
-    texts = [ids[: sum(mask)] for ids, mask in everything if any(mask)]
-    assert sorted(texts) == sorted([*d, END] for d in documents[:count])
-    labels = [x for h in held for row in rows(h, "labels") for x in row if x != -100]
-    assert len(labels) == sum(len(d) + 1 for d in documents[:count])
+    for num_sequences in (1, 2, 7, 12, 37, 1000):
+        by_rank = [list(batches.evaluation(num_sequences, rank, world, micro_batch)) for rank in range(world)]
+        count = min(num_sequences, 37)
+        assert {len(found) for found in by_rank} == {-(-count // (world * micro_batch))}
+        assert {tuple(b["input_ids"].shape) for found in by_rank for b in found} == {(micro_batch, 20)}
+        everything = [(ids, mask) for found in by_rank for ids, mask in zip(rows(found), rows(found, "attention_mask"))]
+        texts = [ids[: sum(mask)] for ids, mask in everything if any(mask)]
+        assert sorted(texts) == sorted([*d, END] for d in documents[:count])
+        labels = [x for found in by_rank for row in rows(found, "labels") for x in row if x != -100]
+        assert len(labels) == sum(len(d) + 1 for d in documents[:count])
 
 
-def test_rows_that_fill_up_an_evaluation_are_masked_altogether(opened: Opens) -> None:
+def test_rows_that_fill_up_an_evaluation_are_fully_masked(opened: Opens) -> None:
     batches = Batches(opened([[1, 2, 3]] * 3), 4, "packed", pad_id=0)
     first, last = (list(batches.evaluation(3, rank, world=2, micro_batch=2)) for rank in (0, 1))
     assert rows(first) == [[1, 2, 3, 9], [1, 2, 3, 9]]
@@ -120,13 +120,7 @@ def test_rows_that_fill_up_an_evaluation_are_masked_altogether(opened: Opens) ->
     assert rows(last, "attention_mask") == [[1] * 4, [0] * 4]
 
 
-def test_an_epoch_of_steps_holds_every_sample_once(opened: Opens) -> None:
-    batches = Batches(opened([[i] for i in range(8)]), 2, "packed", seed=1)
-    held = [row for step in range(4) for row in rows(batches.step(step, 2, 0, 1, 1))]
-    assert sorted(held) == [[i, END] for i in range(8)]
-
-
-def test_damage_is_named_by_the_step_that_meets_it(opened: Opens) -> None:
+def test_a_step_that_reads_damaged_tokens_names_file_and_byte(opened: Opens) -> None:
     file = opened([[i % 9] for i in range(200)])
     with file.path.open("r+b") as raw:
         raw.seek(64 + 3 * 32)
@@ -136,7 +130,7 @@ def test_damage_is_named_by_the_step_that_meets_it(opened: Opens) -> None:
         batches.step(0, batches.num_samples, 0, 1, 1)
 
 
-def test_too_little_text_is_refused_with_both_numbers(opened: Opens) -> None:
+def test_text_shorter_than_a_sample_is_refused_with_both_numbers(opened: Opens) -> None:
     file = opened([[1, 2], [3]])
     with pytest.raises(ValueError, match=r"5 tokens in 2 documents .* sequence_length \(6\): give more text"):
         Batches(file, 6, "packed")

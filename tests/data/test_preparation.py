@@ -1,8 +1,7 @@
-"""Preparation: every document goes to one side, once, whoever prepares and how often."""
+"""Preparation: every document goes to one side, once, however often and by however many processes it is prepared."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ from alfb_dist.data.preparation import split_by_name
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Sixty text files in nested folders."""
+    """Sixty text files in nested directories."""
     chance = random.Random(0)
     for i in range(60):
         path = tmp_path / "texts" / f"part{i % 4}" / f"{i}.txt"
@@ -38,17 +37,17 @@ def contents(data: PreparedData) -> tuple[bytes, bytes]:
     return data.train.read_bytes(), data.validation.read_bytes()
 
 
-def test_bytes_come_back_as_they_went_in_each_file_on_one_side(texts: Path, tmp_path: Path) -> None:
+def test_every_file_is_a_document_of_one_side_byte_by_byte(texts: Path, tmp_path: Path) -> None:
     data = prepare([texts], tmp_path / "cache", validation_fraction=0.3, block_bytes=256)
-    held = documents(data.train), documents(data.validation)
-    assert sorted(held[0] + held[1]) == sorted(path.read_bytes() for path in texts.rglob("*.txt"))
-    assert 8 < len(held[1]) < 30
+    sides = documents(data.train), documents(data.validation)
+    assert sorted(sides[0] + sides[1]) == sorted(path.read_bytes() for path in texts.rglob("*.txt"))
+    assert 8 < len(sides[1]) < 30
     order = sorted(texts.rglob("*.txt"), key=lambda path: path.relative_to(texts).as_posix())
-    for side in held:
+    for side in sides:
         assert side == [content for content in (path.read_bytes() for path in order) if content in side]
 
 
-def test_a_document_keeps_its_side_wherever_it_lies_and_whatever_is_added(texts: Path, tmp_path: Path) -> None:
+def test_a_document_keeps_its_side_when_moved_and_when_others_are_added(texts: Path, tmp_path: Path) -> None:
     first = prepare([texts], tmp_path / "cache", validation_fraction=0.3)
     moved = tmp_path / "elsewhere" / "deep"
     shutil.copytree(texts, moved)
@@ -59,7 +58,7 @@ def test_a_document_keeps_its_side_wherever_it_lies_and_whatever_is_added(texts:
     assert set(documents(first.validation)) < set(documents(second.validation))
 
 
-def test_these_names_split_like_this_for_good() -> None:
+def test_the_split_of_these_names_never_changes() -> None:
     names = ["a.txt", "b.txt", "part/c.txt", "é.txt", "d/e/f.py", "os.py", "json/decoder.py", "x"]
     assert [n for n, held_out in zip(names, split_by_name(names, 0.4)) if held_out] == [
         "b.txt",
@@ -88,7 +87,7 @@ def test_equal_text_gives_equal_bytes_in_another_cache(texts: Path, tmp_path: Pa
     assert contents(prepare([texts], tmp_path / "one")) == contents(prepare([texts], tmp_path / "two"))
 
 
-def test_a_changed_source_or_setting_is_prepared_anew(texts: Path, tmp_path: Path) -> None:
+def test_a_changed_source_or_setting_is_prepared_again(texts: Path, tmp_path: Path) -> None:
     kept = [prepare([texts], tmp_path / "cache")]
     kept.append(prepare([texts], tmp_path / "cache", validation_fraction=0.2))
     (texts / "part0" / "0.txt").write_text("changed")
@@ -136,14 +135,7 @@ def test_a_fraction_that_leaves_no_split_is_refused(texts: Path, tmp_path: Path,
         prepare([texts], tmp_path / "cache", validation_fraction=fraction)
 
 
-def test_missing_sources_and_tokenizers_are_named(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="absent does not exist"):
-        prepare([texts, tmp_path / "absent"], tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"absent\.json does not exist"):
-        prepare([texts], tmp_path / "cache", tokenizer=tmp_path / "absent.json")
-
-
-def test_a_tokenizer_file_is_used_and_documents_it_empties_are_counted(texts: Path, tmp_path: Path) -> None:
+def test_documents_without_tokens_are_counted_as_empty(texts: Path, tmp_path: Path) -> None:
     import tokenizers
 
     vocabulary = {"[UNK]": 0, "[EOS]": 1, "a": 2, "b": 3, "c": 4}
@@ -168,7 +160,7 @@ def test_damage_to_the_cached_files_is_named(texts: Path, tmp_path: Path) -> Non
         prepare([texts], tmp_path / "cache")
 
 
-def test_a_failure_midway_leaves_nothing(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_preparation_leaves_no_files(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -180,17 +172,17 @@ def test_a_failure_midway_leaves_nothing(texts: Path, tmp_path: Path, monkeypatc
     assert len(documents(prepare([texts], tmp_path / "cache").train)) > 40
 
 
-def test_who_comes_second_keeps_what_the_first_made(
+def test_the_second_process_to_finish_uses_the_files_of_the_first(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process finishes between this one's last write and its rename."""
+    """The other one finishes between this one's last write and its rename."""
     rename = Path.rename
     others: list[PreparedData] = []
 
-    def late(aside: Path, folder: Path) -> Any:
+    def late(temporary: Path, directory: Path) -> Any:
         monkeypatch.setattr(Path, "rename", rename)
         others.append(prepare([texts], tmp_path / "cache"))
-        return rename(aside, folder)
+        return rename(temporary, directory)
 
     monkeypatch.setattr(Path, "rename", late)
     assert prepare([texts], tmp_path / "cache") == others[0]
@@ -198,30 +190,8 @@ def test_who_comes_second_keeps_what_the_first_made(
     assert len(documents(others[0].train) + documents(others[0].validation)) == 60
 
 
-def _prepare_at_once(start: Any, texts: Path, cache: Path, results: Any) -> None:
-    start.wait()
-    results.put(prepare([texts], cache))
-
-
-def test_processes_that_race_end_up_with_one_set_of_files(texts: Path, tmp_path: Path) -> None:
-    context = mp.get_context("forkserver")
-    start, results = context.Barrier(2), context.SimpleQueue()
-    racers = [
-        context.Process(target=_prepare_at_once, args=(start, texts, tmp_path / "cache", results)) for _ in range(2)
-    ]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join(60)
-        assert racer.exitcode == 0
-    first, second = results.get(), results.get()
-    assert first == second
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.train.parent.name]
-    assert contents(first) == contents(prepare([texts], tmp_path / "alone"))
-
-
 @pytest.mark.parametrize("progress", [False, True])
-def test_progress_is_shown_on_standard_error_if_asked(
+def test_progress_is_shown_on_standard_error_on_request(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool
 ) -> None:
     prepare([texts], tmp_path / "cache", progress=progress)
@@ -242,7 +212,7 @@ def test_validation_sources_hold_out_exactly_their_own_text(tmp_path: Path) -> N
         assert bytes(validation.document(0)[:-1].tolist()) == b"held out"
 
 
-def test_a_pair_of_token_files_is_taken_as_it_is_and_a_lone_one_refused(tmp_path: Path) -> None:
+def test_a_pair_of_token_files_is_used_directly_and_a_single_one_refused(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"text {i}")
     made = prepare([tmp_path], tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""The sampler: steps name samples by seed and number alone, each sample once an epoch, for any number of ranks."""
+"""The sampler: seed and step alone decide the samples, each sample once an epoch, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def mix_oracle(x: int) -> int:
     return x ^ x >> 31
 
 
-def sample_oracle(place: int, epoch: int, num_samples: int, seed: int) -> int:
+def sample_oracle(position: int, epoch: int, num_samples: int, seed: int) -> int:
     """One sample of one epoch's order, in Python's own integers."""
     half = 1
     while 4**half < num_samples:
         half += 1
     key = mix_oracle(mix_oracle(seed & M64) + epoch * GOLDEN & M64)
-    x = place
+    x = position
     while True:
         left, right = x >> half, x & (1 << half) - 1
         for i in range(1, 9):
@@ -39,7 +39,7 @@ def steps_oracle(seed: int, num_steps: int, global_batch: int, num_samples: int)
     line: list[int] = []
     epoch = 0
     while len(line) < num_steps * global_batch:
-        line += [sample_oracle(place, epoch, num_samples, seed) for place in range(num_samples)]
+        line += [sample_oracle(position, epoch, num_samples, seed) for position in range(num_samples)]
         epoch += 1
     return [line[i * global_batch : (i + 1) * global_batch] for i in range(num_steps)]
 
@@ -48,10 +48,10 @@ def order(num_samples: int, epoch: int = 0, seed: int = 0) -> list[int]:
     return shuffled(np.arange(num_samples), np.full(num_samples, epoch), num_samples, seed).tolist()
 
 
-@pytest.mark.parametrize("num_samples", [*range(1, 40), 63, 64, 65, 256, 257, 1000])
-def test_an_epoch_visits_every_sample_once(num_samples: int) -> None:
-    for epoch in range(3):
-        assert sorted(order(num_samples, epoch)) == list(range(num_samples))
+def test_an_epoch_visits_every_sample_once() -> None:
+    for num_samples in (*range(1, 40), 63, 64, 65, 256, 257, 1000):
+        for epoch in range(3):
+            assert sorted(order(num_samples, epoch)) == list(range(num_samples)), num_samples
 
 
 @pytest.mark.parametrize(("num_samples", "global_batch"), [(1, 3), (2, 3), (5, 4), (7, 7), (10, 4), (10, 25), (64, 6)])
@@ -61,14 +61,8 @@ def test_steps_cut_the_line_of_epochs_into_batches(num_samples: int, global_batc
     assert [batch_ids(seed, step, global_batch, num_samples).tolist() for step in range(12)] == expected
 
 
-def test_a_step_is_the_same_whatever_was_asked_before() -> None:
-    straight = [batch_ids(3, step, 8, 50).tolist() for step in range(20)]
-    assert [batch_ids(3, step, 8, 50).tolist() for step in reversed(range(20))] == straight[::-1]
-    assert batch_ids(3, 13, 8, 50).tolist() == straight[13]
-
-
-def test_the_order_is_this_one_for_good() -> None:
-    """A resumed run must see what the run before it would have seen, on any version of any library."""
+def test_the_order_never_changes() -> None:
+    """A resumed run must see the samples that the first would have seen, on any version of any library."""
     assert order(10, epoch=0, seed=0) == [1, 0, 9, 3, 5, 6, 2, 8, 7, 4]
     assert batch_ids(1234, 5, 4, 6).tolist() == [2, 0, 3, 1]
 
@@ -80,18 +74,18 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("num_samples", [2, 3, 4, 5, 10, 16])
-def test_every_sample_is_as_likely_at_every_place(num_samples: int) -> None:
+def test_every_sample_is_equally_likely_at_every_position(num_samples: int) -> None:
     epochs = 4000
     grid = np.tile(np.arange(num_samples), epochs), np.repeat(np.arange(epochs), num_samples)
     samples = shuffled(*grid, num_samples, 11).reshape(epochs, num_samples)
     share = 1 / num_samples
     bound = 5 * np.sqrt(epochs * share * (1 - share))  # five standard deviations of a binomial count
-    for place in range(num_samples):
-        counts = np.bincount(samples[:, place], minlength=num_samples)
-        assert np.abs(counts - epochs * share).max() < bound, (place, counts)
+    for position in range(num_samples):
+        counts = np.bincount(samples[:, position], minlength=num_samples)
+        assert np.abs(counts - epochs * share).max() < bound, (position, counts)
 
 
-def test_neighbours_are_as_likely_as_other_pairs() -> None:
+def test_every_pair_is_equally_likely_at_neighbouring_positions() -> None:
     epochs, n = 6000, 6
     grid = np.tile(np.arange(n), epochs), np.repeat(np.arange(epochs), n)
     samples = shuffled(*grid, n, 5).reshape(epochs, n)
@@ -102,16 +96,16 @@ def test_neighbours_are_as_likely_as_other_pairs() -> None:
     assert np.abs(off_diagonal - epochs * share).max() < 5 * np.sqrt(epochs * share * (1 - share))
 
 
-def test_a_great_many_samples_need_no_list_of_them() -> None:
+def test_number_of_samples_is_not_limited_by_memory() -> None:
     num_samples, global_batch = 3 << 40, 4096
     ids = batch_ids(0, 123_456_789, global_batch, num_samples)
     assert len(set(ids.tolist())) == global_batch
     assert 0 <= ids.min() < ids.max() < num_samples
-    place = 123_456_789 * global_batch
-    assert ids[:3].tolist() == [sample_oracle(place + i, 0, num_samples, 0) for i in range(3)]
+    position = 123_456_789 * global_batch
+    assert ids[:3].tolist() == [sample_oracle(position + i, 0, num_samples, 0) for i in range(3)]
 
 
-def test_shares_of_eight_samples_are_these() -> None:
+def test_shares_of_eight_samples_by_hand() -> None:
     ids = np.array([10, 11, 12, 13, 14, 15, 16, 17])
     shares = {
         (0, 1, 8): [[10, 11, 12, 13, 14, 15, 16, 17]],
@@ -126,20 +120,10 @@ def test_shares_of_eight_samples_are_these() -> None:
         assert [part.tolist() for part in rank_samples(ids, rank, world, micro_batch)] == expected
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
-def test_the_global_batch_is_the_same_for_any_world_and_micro_batch(world: int, micro_batch: int) -> None:
-    for step in range(5):
-        ids = batch_ids(9, step, 24, 31)
-        shares = [rank_samples(ids, rank, world, micro_batch) for rank in range(world)]
-        assert {len(share) for share in shares} == {24 // world // micro_batch}
-        assert [i for share in shares for part in share for i in part.tolist()] == ids.tolist()
-
-
 @pytest.mark.parametrize(
     ("rank", "world", "micro_batch"), [(0, 3, 1), (0, 2, 3), (2, 2, 1), (-1, 2, 1), (0, 0, 1), (0, 1, 0)]
 )
-def test_shares_that_do_not_come_out_even_are_refused(rank: int, world: int, micro_batch: int) -> None:
+def test_uneven_shares_are_refused(rank: int, world: int, micro_batch: int) -> None:
     with pytest.raises(ValueError, match=r"divisible by world \* micro_batch|must be in 0..world-1"):
         rank_samples(np.arange(8), rank, world, micro_batch)
 

@@ -23,7 +23,7 @@ def names(documents: list[Document]) -> list[str]:
     return [document.name for document in documents]
 
 
-def test_a_folder_gives_its_files_sorted_by_relative_path(tmp_path: Path) -> None:
+def test_a_directory_gives_its_files_sorted_by_relative_path(tmp_path: Path) -> None:
     plant(tmp_path / "in", b_txt="1", a__z_txt="2", a__b__c_txt="3", a_txt="4")
     found = find_documents([tmp_path / "in"])
     assert names(found) == ["a.txt", "a/b/c.txt", "a/z.txt", "b.txt"]
@@ -31,7 +31,7 @@ def test_a_folder_gives_its_files_sorted_by_relative_path(tmp_path: Path) -> Non
     assert [d.num_bytes for d in found] == [1] * 4
 
 
-def test_hidden_files_caches_and_the_folder_left_out_are_no_documents(tmp_path: Path) -> None:
+def test_hidden_files_caches_and_the_excluded_directory_are_not_documents(tmp_path: Path) -> None:
     plant(tmp_path, a_txt="1", out__b_txt="2", c__out__d_txt="3")
     for hidden in (".git/x", ".hidden", "c/__pycache__/y.pyc"):
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
@@ -56,12 +56,12 @@ def test_a_relative_path_names_the_same_documents_as_an_absolute_one(
     assert names(find_documents(["."])) == ["in/a.txt", "in/b/c.txt"]
 
 
-def test_a_missing_source_is_named(tmp_path: Path) -> None:
+def test_a_missing_source_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}/absent does not exist"):
         find_documents([tmp_path / "absent"])
 
 
-def test_text_is_read_as_it_is_and_what_is_not_utf8_is_none(tmp_path: Path) -> None:
+def test_text_is_read_unchanged_and_is_none_if_not_utf8(tmp_path: Path) -> None:
     contents = ["line\r\nend\n\ufeffé".encode(), b"\xff\xfe\x00", "é".encode("latin-1")]
     for i, content in enumerate(contents):
         (tmp_path / f"{i}").write_bytes(content)
@@ -73,8 +73,8 @@ def test_the_standard_library_is_its_sources_without_tests_and_packages() -> Non
     assert names(found) == sorted(names(found))
     assert {"os.py", "json/decoder.py", "asyncio/base_events.py", "typing.py"} <= set(names(found))
     assert all(name.endswith(".py") for name in names(found))
-    folders = {folder for name in names(found) for folder in name.split("/")[:-1]}
-    assert not folders & {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    directories = {directory for name in names(found) for directory in name.split("/")[:-1]}
+    assert not directories & {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     assert not [name for name in names(found) if name.startswith("_sysconfigdata")]
     assert sum(d.num_bytes for d in found) > 5_000_000
     assert (found[0].path.parent / "os.py").samefile(os.__file__)

@@ -1,4 +1,4 @@
-"""Token files: what is written is what is read, and no damage goes unnoticed."""
+"""Token files: tokens are read as they were written, and all damage is noticed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from alfb_dist.data import TokenFile, TokenFileError, TokenWriter, unigram_entropy
-from alfb_dist.data.token_file import HEAD_BYTES, pack_head
+from alfb_dist.data import TokenFile, TokenFileError, TokenWriter, token_writer, unigram_entropy
+from alfb_dist.data.token_file import HEADER_BYTES, pack_header
 
 BLOCK = 64
 END = 256
@@ -51,7 +51,7 @@ def use_all(path: Path) -> None:
             file.document(i)
 
 
-def test_documents_and_joined_tokens_are_what_was_written(write: Writes) -> None:
+def test_documents_and_joined_tokens_are_read_as_written(write: Writes) -> None:
     documents = some_documents()
     with TokenFile(write(documents)) as file:
         assert [file.document(i).tolist() for i in range(file.num_documents)] == [[*d, END] for d in documents]
@@ -65,7 +65,7 @@ def test_documents_and_joined_tokens_are_what_was_written(write: Writes) -> None
             assert file.tokens(start, stop).tolist() == joined[start:stop]
 
 
-def test_bytes_of_a_small_file_are_those_of_the_format(write: Writes) -> None:
+def test_bytes_of_a_small_file_follow_the_format(write: Writes) -> None:
     raw = write([[1, 2], [3]], vocab_size=10, end_id=9).read_bytes()
     assert raw[:12] == b"alfbtok\n" + struct.pack("<I", 1)
     payload = struct.pack("<5H", 1, 2, 9, 3, 9) + bytes(6) + struct.pack("<2Q", 3, 5)
@@ -90,13 +90,13 @@ def test_dtype_is_the_smallest_that_holds_the_vocabulary(write: Writes, vocab_si
 
 
 @pytest.mark.parametrize("document", [[], [257], [-1], [1.5], [[1]], np.array([1 << 63], np.uint64)])
-def test_a_document_that_is_no_row_of_known_ids_is_refused(write: Writes, document: list[int]) -> None:
+def test_a_document_that_is_not_a_row_of_known_ids_is_refused(write: Writes, document: list[int]) -> None:
     with pytest.raises(ValueError, match="must be"):
         write([document])
 
 
 @pytest.mark.parametrize("document", [-1, 3])
-def test_a_document_that_is_not_there_is_refused(write: Writes, document: int) -> None:
+def test_a_document_beyond_the_file_is_refused(write: Writes, document: int) -> None:
     with TokenFile(write([[1], [2], [3]])) as file, pytest.raises(ValueError, match=f"document {document} .* 3 doc"):
         file.document(document)
 
@@ -125,7 +125,7 @@ def test_every_flipped_bit_is_found_and_named(write: Writes) -> None:
     path = write(some_documents())
     raw = path.read_bytes()
     payload_end = TokenFile(path).index.payload_end
-    regions = [range(HEAD_BYTES), range(HEAD_BYTES, payload_end), range(payload_end, len(raw))]
+    regions = [range(HEADER_BYTES), range(HEADER_BYTES, payload_end), range(payload_end, len(raw))]
     assert len(regions[1]) > 10 * BLOCK
     for seed in range(200):
         chance = random.Random(seed)
@@ -135,7 +135,7 @@ def test_every_flipped_bit_is_found_and_named(write: Writes) -> None:
             use_all(path)
         assert str(path) in str(caught.value)
         assert f"byte {caught.value.offset}" in str(caught.value)
-        block = place - (place - HEAD_BYTES) % BLOCK
+        block = place - (place - HEADER_BYTES) % BLOCK
         assert caught.value.offset in [(0, 8), (block,), (payload_end,)][seed % 3], (seed, place)
     path.write_bytes(raw)
     use_all(path)
@@ -176,14 +176,14 @@ def test_a_file_cut_short_while_open_is_an_error_and_not_a_crash(write: Writes) 
 def test_damage_is_named_when_its_block_is_used_and_not_before(write: Writes) -> None:
     path = write(some_documents())
     raw = bytearray(path.read_bytes())
-    raw[HEAD_BYTES + 5 * BLOCK + 3] ^= 1
+    raw[HEADER_BYTES + 5 * BLOCK + 3] ^= 1
     path.write_bytes(raw)
     with TokenFile(path) as file:
         per_block = BLOCK // 2
         file.tokens(0, 5 * per_block)
-        with pytest.raises(TokenFileError, match=f"at byte {HEAD_BYTES + 5 * BLOCK}"):
+        with pytest.raises(TokenFileError, match=f"at byte {HEADER_BYTES + 5 * BLOCK}"):
             file.tokens(5 * per_block - 1, 5 * per_block + 1)
-        with pytest.raises(TokenFileError, match=f"at byte {HEAD_BYTES + 5 * BLOCK}"):
+        with pytest.raises(TokenFileError, match=f"at byte {HEADER_BYTES + 5 * BLOCK}"):
             file.tokens(6 * per_block - 1, 6 * per_block)
         file.tokens(6 * per_block, 6 * per_block + 1)
 
@@ -193,13 +193,13 @@ def test_verify_hashes_again_what_was_already_used(write: Writes) -> None:
     with TokenFile(path) as file:
         file.verify()
         with path.open("r+b") as other:
-            other.seek(HEAD_BYTES)
+            other.seek(HEADER_BYTES)
             other.write(b"\xff\xff")
-        with pytest.raises(TokenFileError, match=f"at byte {HEAD_BYTES}"):
+        with pytest.raises(TokenFileError, match=f"at byte {HEADER_BYTES}"):
             file.verify()
 
 
-def test_an_index_that_contradicts_the_file_is_refused_though_its_hash_holds(write: Writes) -> None:
+def test_an_index_that_contradicts_the_file_is_refused_although_its_hash_is_right(write: Writes) -> None:
     path = write([[1, 2], [3]])
     raw, good = path.read_bytes(), TokenFile(path).index
     changes = [
@@ -213,7 +213,7 @@ def test_an_index_that_contradicts_the_file_is_refused_though_its_hash_holds(wri
     texts = [good.to_json().replace(b"{", b"[", 1), b"[" * 100_000, b"{}", b"\xff"]
     texts += [type(good)(**{**good.__dict__, key: value}).to_json() for key, value in changes]
     for text in texts:
-        path.write_bytes(pack_head(good.payload_end, text) + raw[HEAD_BYTES : good.payload_end] + text)
+        path.write_bytes(pack_header(good.payload_end, text) + raw[HEADER_BYTES : good.payload_end] + text)
         with pytest.raises(TokenFileError, match=f"at byte {good.payload_end}"):
             TokenFile(path)
 
@@ -228,29 +228,35 @@ class _Bomb:
 
 def test_opening_a_pickle_runs_no_code(tmp_path: Path) -> None:
     bomb = pickle.dumps(_Bomb(tmp_path / "ran"))
-    for raw in (bomb, bomb * 10, pack_head(HEAD_BYTES, bomb) + bomb):
+    for raw in (bomb, bomb * 10, pack_header(HEADER_BYTES, bomb) + bomb):
         (tmp_path / "x.tokens").write_bytes(raw)
         with pytest.raises(TokenFileError):
             TokenFile(tmp_path / "x.tokens")
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_error_survives_the_way_between_processes(tmp_path: Path) -> None:
+def test_the_error_can_be_sent_between_processes(tmp_path: Path) -> None:
     error = pickle.loads(pickle.dumps(TokenFileError(tmp_path, 5, "is odd")))
     assert (str(error), error.path, error.offset) == (f"{tmp_path}: is odd (at byte 5)", tmp_path, 5)
 
 
-def test_a_closed_file_is_not_read(write: Writes) -> None:
+def test_a_closed_file_cannot_be_read(write: Writes) -> None:
     file = TokenFile(write([[1]]))
     file.tokens(0, 1)
     file.close()
     file.close()
-    with TokenFile(file.path), pytest.raises(OSError, match="Bad file descriptor"):  # which may take over the number
+    with TokenFile(file.path), pytest.raises(OSError, match="Bad file descriptor"):  # which may get the same descriptor
         file.tokens(0, 1)
 
 
-def test_unigram_entropy_of_a_half_and_two_quarters(write: Writes) -> None:
+@pytest.mark.parametrize("noted", [True, False])
+def test_unigram_entropy_of_a_half_and_two_quarters(
+    write: Writes, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    if not noted:
+        monkeypatch.setattr(token_writer, "_COUNTED_VOCAB", 0)
     with TokenFile(write([[0, 0, 1]], vocab_size=3, end_id=2)) as file:
+        assert ("unigram_entropy" in file.index.notes) == noted
         assert unigram_entropy(file) == pytest.approx(1.5 * math.log(2), rel=1e-15)
 
 

@@ -1,4 +1,4 @@
-"""The terminal: bar, plain lines and final table."""
+"""The terminal: progress bar, plain lines and final table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.report_runs import evaluation_record, training_record, write_metric
 from alfb_dist.report.console import RunConsole, result_rows
 from alfb_dist.report.figures import key_figures
 from alfb_dist.report.run_data import read_run
-from alfb_dist.report.wording import count, duration
+from alfb_dist.report.wording import count, duration, human
 
 RECORD = training_record(10, np.array([[3, 1]]), np.zeros((1, 2)))
 
@@ -50,13 +50,13 @@ def test_plain_lines_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(len(line) for line in out.getvalue().splitlines()) <= 80
 
 
-def test_brackets_in_a_message_are_no_markup() -> None:
+def test_brackets_in_a_message_are_shown() -> None:
     console, out = plain(progress=False)
     console.message("[rank 0] saved to [/tmp/x]")
     assert out.getvalue() == "[rank 0] saved to [/tmp/x]\n"
 
 
-def test_missing_and_unknown_values_are_dashes() -> None:
+def test_missing_values_and_nan_are_dashes() -> None:
     console, out = plain(progress=False)
     console.step({"step": 1, "loss": None, "max_violation_batch": float("nan"), "tokens_per_second": 10.0})
     assert "loss -  MaxVio -" in out.getvalue()
@@ -73,7 +73,7 @@ def test_on_a_terminal_the_bar_shows_step_and_figures() -> None:
         assert text in out.getvalue()
 
 
-def test_run_that_fails_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_run_restores_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     at_exit: list[Any] = []
     monkeypatch.setattr("atexit.register", at_exit.append)
     out = io.StringIO()
@@ -109,7 +109,7 @@ def test_final_table_has_every_figure(tmp_path: Path) -> None:
     }
 
 
-def test_summary_comes_before_records(tmp_path: Path) -> None:
+def test_the_summary_overrides_the_records(tmp_path: Path) -> None:
     write_metrics(tmp_path, [RECORD])
     (tmp_path / "summary.json").write_text('{"last_loss": 1.0, "first_loss": 4.0}')
     figures = key_figures(read_run(tmp_path), {"last_loss": 2.0})
@@ -124,5 +124,9 @@ def test_count_keeps_three_digits(value: float | None, text: str) -> None:
     assert count(value) == text
 
 
-def test_duration_reads_as_a_clock() -> None:
+def test_bytes_are_in_powers_of_1024() -> None:
+    assert [human(0), human(1023), human(1536), human(3 * 1024**3)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
+
+
+def test_durations_are_hours_minutes_and_seconds() -> None:
     assert [duration(seconds) for seconds in (0, 59.6, 3600, float("nan"))] == ["0:00", "1:00", "1:00:00", "-"]

@@ -1,4 +1,4 @@
-"""report.html: what is in it, for whole, empty and damaged runs, and how large it grows."""
+"""report.html: its content for whole, empty and damaged runs, and its size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import pytest
 from support.report_runs import layer_names, make_run, training_record, write_loads, write_metrics
 
 from alfb_dist.report import read_run, write_html
-from alfb_dist.report.facts import model_facts
 from alfb_dist.report.heatmap import binned_ratio, load_ratio, picture, shade
-from alfb_dist.report.svg import Axis, nice_ticks, path, thinned
+from alfb_dist.report.svg import Axis, downsample, nice_ticks, path
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def small_page(small_run: Path) -> str:
 
 
 def pixels(uri: str) -> list[bytes]:
-    """Rows of palette indices of a PNG data address: a reader apart from the writer."""
+    """Rows of palette indices of a PNG data URI, decoded without the code under test."""
     content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
     width, height = struct.unpack(">II", content[16:24])
     start = content.index(b"IDAT") + 4
@@ -59,7 +58,7 @@ def test_page_shows_name_model_and_figures(small_page: str) -> None:
     assert float(run_loss[2]) == pytest.approx(2.2 + 3.4 * math.exp(-1 / 40), abs=0.03)
 
 
-def test_every_chart_has_title_axes_and_a_line_on_how_to_read_it(small_page: str) -> None:
+def test_every_chart_has_title_axes_and_a_note_on_how_to_read_it(small_page: str) -> None:
     charts = re.findall(r"<figure.*?</figure>", small_page, flags=re.DOTALL)
     titles = [re.findall("<h3>(.*?)</h3>", chart)[0] for chart in charts]
     assert titles == [
@@ -106,7 +105,7 @@ def test_tags_are_balanced(small_page: str) -> None:
     assert not open_tags
 
 
-def test_page_needs_nothing_from_outside(small_page: str) -> None:
+def test_page_loads_nothing_from_elsewhere(small_page: str) -> None:
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", small_page)
     assert not re.findall(r"@import|url\(", small_page)
     addresses: list[str | None] = []
@@ -121,13 +120,13 @@ def test_page_needs_nothing_from_outside(small_page: str) -> None:
     assert all(address is not None and address.startswith("data:image/png;base64,") for address in addresses)
 
 
-def test_load_pictures_hold_the_loads(tmp_path: Path) -> None:
+def test_load_pictures_show_the_loads(tmp_path: Path) -> None:
     load_LE, bias_LE = np.array([[0, 10, 10, 20]]), np.zeros((1, 4), dtype=np.float32)
     write_loads(tmp_path, layer_names(1), [(step, load_LE, bias_LE) for step in (1, 2)])
     write_metrics(tmp_path, [training_record(step, load_LE, bias_LE) for step in (1, 2)])
     page = write_html(tmp_path).read_text()
     whole, over_time = re.findall(r'href="(data:[^"]*)"', page)
-    # 32 is the mean, 0 a quarter of it or less, 64 four times it or more; twice the mean is half way up.
+    # 32 is the mean, 0 a quarter of it or less, 64 four times it or more, 48 twice the mean.
     assert pixels(whole) == [bytes([0, 32, 32, 48])]
     assert pixels(over_time) == [bytes([0, 0]), bytes([32, 32]), bytes([32, 32]), bytes([48, 48])]
 
@@ -138,7 +137,7 @@ def test_shade_is_0_at_the_mean_and_symmetric_in_ratio() -> None:
     assert pixels(picture(np.array([[np.nan, 0.0]]))) == [bytes([65, 32])]
 
 
-def test_binning_keeps_every_token() -> None:
+def test_binning_counts_every_token() -> None:
     load_NLE = np.arange(2 * 7 * 3).reshape(7, 2, 3)
     ratio = binned_ratio(load_NLE, 3)
     assert ratio.shape == (3, 2, 3)
@@ -163,13 +162,8 @@ def test_secrets_in_the_configuration_are_not_shown(tmp_path: Path, monkeypatch:
     assert "[redacted]" in page
 
 
-def test_empty_run_says_so(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert "No step logged yet" in write_html(tmp_path).read_text()
-
-
-def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not a run folder"):
+def test_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a run directory"):
         write_html(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -181,7 +175,7 @@ def test_run_without_loads_config_or_evaluation_is_drawn(tmp_path: Path) -> None
     assert "No value logged" in page
 
 
-def test_run_that_crashed_in_mid_write_is_drawn(small_run: Path, tmp_path: Path) -> None:
+def test_run_with_truncated_files_is_drawn(small_run: Path, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "loads.bin", "config.json"):
         (tmp_path / name).write_bytes((small_run / name).read_bytes()[:-7])
     page = write_html(tmp_path).read_text()
@@ -198,7 +192,7 @@ def test_nan_is_a_gap_in_the_line(tmp_path: Path) -> None:
     assert (line.count("M"), line.count("L")) == (3, 1)
 
 
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+def test_names_with_markup_are_escaped(tmp_path: Path) -> None:
     names = ["<script>alert(1)</script>\"'&"]
     load_LE, bias_LE = np.ones((1, 4), dtype=np.int64), np.zeros((1, 4), dtype=np.float32)
     write_loads(tmp_path, names, [(1, load_LE, bias_LE)])
@@ -243,16 +237,11 @@ def test_symlog_axis_shows_zero_and_decades_in_order() -> None:
     assert np.diff(positions)[-1] == pytest.approx(np.diff(positions)[-2], rel=0.02)
 
 
-def test_thinning_keeps_spikes_and_gaps() -> None:
+def test_downsampling_keeps_spikes_and_gaps() -> None:
     x, y = np.arange(10_000.0), np.zeros(10_000)
     y[4321], y[7000:7500] = 99.0, np.nan
-    thin_x, thin_y = thinned(x, y, 200)
+    thin_x, thin_y = downsample(x, y, 200)
     assert len(thin_x) <= 200
     assert np.nanmax(thin_y) == 99.0
     assert np.isnan(thin_y).any()
     assert path(thin_x, thin_y).count("M") == 2
-
-
-def test_facts_are_found_at_any_depth() -> None:
-    config = {"config": {"model": {"config": {"n_routed_experts": 64}}}, "num_parameters": 1_500_000_000}
-    assert model_facts(config) == [("parameters", "1.50B"), ("routed experts", "64")]

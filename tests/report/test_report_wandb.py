@@ -1,4 +1,4 @@
-"""wandb at arm's length: whatever it does, the run goes on, and no secret leaves."""
+"""wandb: the run continues whatever wandb does, and no secret is sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import wandb
 from support.report_runs import balancing, config, evaluation_record, layer_names, training_record
 
-from alfb_dist.report import open_reporter, wandb_sink
+from alfb_dist.report import Reporter, wandb_sink
 from alfb_dist.report.metrics_file import read_metrics
 from alfb_dist.report.wandb_values import evaluation_values, training_values
 
@@ -33,12 +33,11 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(mode): a whole run of STEPS steps through the reporter; what it says about wandb."""
+    """run(mode): a whole run of STEPS steps through the reporter; returns its messages about wandb."""
 
     def play(mode: str, **options: Any) -> list[str]:
-        reporter = open_reporter(
+        reporter = Reporter(
             tmp_path / "run",
-            rank=0,
             total_steps=STEPS,
             config=config(2, 4, STEPS) | options,
             progress=False,
@@ -152,9 +151,7 @@ def test_failing_finish_costs_one_message(run: Run, monkeypatch: pytest.MonkeyPa
     assert "not finished cleanly (TimeoutError: no answer)" in message
 
 
-def test_hanging_wandb_holds_up_no_step_and_the_end_for_a_bounded_time(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_start_delays_no_step_and_the_end_for_a_bounded_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_sink, "_CLOSE_SECONDS", 0.3)
     monkeypatch.setattr(wandb_sink, "_QUEUED", 2)
     released = threading.Event()
@@ -162,11 +159,11 @@ def test_hanging_wandb_holds_up_no_step_and_the_end_for_a_bounded_time(
     started = time.monotonic()
     (message,) = run("offline")
     assert time.monotonic() - started < 2
-    assert "left behind" in message
+    assert "not finished after" in message
     released.set()
 
 
-def test_finish_that_hangs_is_left_behind_after_a_bounded_time_and_then_silent(
+def test_hanging_finish_is_abandoned_after_a_bounded_time_and_then_silent(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released, threads = threading.Event(), []
@@ -182,13 +179,13 @@ def test_finish_that_hangs_is_left_behind_after_a_bounded_time_and_then_silent(
     started = time.monotonic()
     (message,) = run("offline")
     assert 0.3 <= time.monotonic() - started < 5
-    assert "left behind after 0.3 s" in message
+    assert "not finished after 0.3 s" in message
     released.set()
     threads[0].join(5)
     assert "much too late" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("before", ["bad key ", "x" * 140])  # the second is cut short in the midst of the key
+@pytest.mark.parametrize("before", ["bad key ", "x" * 140])  # the second is truncated within the key
 def test_secret_in_an_error_of_wandb_is_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k4n4ry" * 7)
 
@@ -226,7 +223,7 @@ def test_auto_is_online_only_with_an_account(monkeypatch: pytest.MonkeyPatch, tm
     assert wandb_sink.resolve_mode("online") == "online"
 
 
-def test_online_without_an_account_asks_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_without_an_account_contacts_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_init(monkeypatch, FakeRun())
     (message,) = run("online")
     assert "no account" in message

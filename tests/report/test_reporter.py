@@ -1,4 +1,4 @@
-"""The reporter as the loop sees it."""
+"""The reporter as the training loop uses it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 from support.report_runs import balancing, config, evaluation_record, layer_names, training_record
 
-from alfb_dist.report import NullReporter, Reporter, open_reporter, read_run
+from alfb_dist.report import NullReporter, Reporter, read_run
 
 
-def opened(folder: Path, **changes: Any) -> Any:
-    options = {"rank": 0, "total_steps": 6, "config": config(2, 4, 6), "layer_names": layer_names(2)}
+def opened(directory: Path, **changes: Any) -> Any:
+    options = {"total_steps": 6, "config": config(2, 4, 6), "layer_names": layer_names(2)}
     options |= {"progress": False, "wandb": "disabled", "wandb_project": "p", "run_name": "run", "html": True}
-    return open_reporter(folder, **(options | changes))
+    return Reporter(directory, **(options | changes))
 
 
 def play(reporter: Any, first: int, last: int) -> None:
@@ -38,9 +38,8 @@ def test_null_reporter_has_the_reporters_methods() -> None:
     assert public(NullReporter) == public(Reporter)
 
 
-def test_other_ranks_write_and_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    reporter = opened(tmp_path, rank=3)
-    assert isinstance(reporter, NullReporter)
+def test_other_ranks_write_and_show_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reporter = NullReporter()
     play(reporter, 1, 4)
     reporter.message("text")
     reporter.close({})
@@ -48,7 +47,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
 
 
-def test_run_folder_holds_what_was_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_directory_holds_what_was_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = opened(tmp_path / "run")
     play(reporter, 1, 6)
     reporter.close({"unigram_entropy": 3.25})
@@ -76,17 +75,17 @@ def test_loads_in_other_dtypes_are_kept_as_int64_and_float32(tmp_path: Path) -> 
     assert loads.load_NLE.tolist() == [[[3, 1], [2, 2]]]
 
 
-def test_resumed_run_leaves_the_files_of_a_straight_one(tmp_path: Path) -> None:
-    straight, resumed = opened(tmp_path / "straight"), opened(tmp_path / "resumed")
-    play(straight, 1, 6)
+def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, resumed = opened(tmp_path / "whole"), opened(tmp_path / "resumed")
+    play(whole, 1, 6)
     play(resumed, 1, 5)  # its last checkpoint is that of step 3
     resumed.close({})
     resumed = opened(tmp_path / "resumed", first_step=3)
     play(resumed, 4, 6)
-    for reporter in (straight, resumed):
+    for reporter in (whole, resumed):
         reporter.close({})
     for name in ("metrics.jsonl", "loads.bin"):
-        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_full_disk_costs_one_message_a_file(
@@ -100,13 +99,13 @@ def test_full_disk_costs_one_message_a_file(
     play(reporter, 1, 4)
     monkeypatch.undo()
     reporter.close({})
-    complaints = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
-    assert len(complaints) == 2
-    assert "metrics.jsonl" in complaints[0]
-    assert "No space left" in complaints[0]
+    messages = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
+    assert len(messages) == 2
+    assert "metrics.jsonl" in messages[0]
+    assert "No space left" in messages[0]
 
 
-def test_second_close_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_close_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = opened(tmp_path)
     play(reporter, 1, 2)
     reporter.close({"tokens": 5})
@@ -116,7 +115,7 @@ def test_second_close_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((tmp_path / "summary.json").read_text())["tokens"] == 5
 
 
-def test_run_that_takes_no_step_can_be_closed(tmp_path: Path) -> None:
+def test_report_of_a_run_without_steps_says_so(tmp_path: Path) -> None:
     reporter = opened(tmp_path)
     reporter.close({})
     assert "No step logged yet" in (tmp_path / "report.html").read_text()
@@ -129,7 +128,7 @@ def test_newest_checkpoint_is_in_the_final_table(tmp_path: Path, capsys: pytest.
     assert "checkpoints/step-00000006" in capsys.readouterr().out
 
 
-def test_secrets_are_cut_out_of_messages(
+def test_secrets_are_removed_from_messages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_c4n4ry_value")
@@ -139,7 +138,7 @@ def test_secrets_are_cut_out_of_messages(
     assert "login with [redacted] failed" in capsys.readouterr().out
 
 
-def test_unknown_wandb_mode_is_refused_on_every_rank(tmp_path: Path) -> None:
-    for rank in (0, 1):
-        with pytest.raises(ValueError, match="sometimes"):
-            opened(tmp_path, rank=rank, wandb="sometimes")
+def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sometimes"):
+        opened(tmp_path, wandb="sometimes")
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Made-up runs for the tests of the report: the imbalance is large at first and fades, as in a real run."""
+"""Synthetic runs for the tests of the report: the imbalance is large at first and fades, as in a real run."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def evaluation_record(step: int) -> dict[str, Any]:
 
 
 def balancing(num_layers: int, num_experts: int, steps: int, seed: int = 0) -> Iterator[tuple[int, Any, Any]]:
-    """Yield (step, load_LE, bias_LE): experts of random attraction, and the sign rule working against it."""
+    """Yield (step, load_LE, bias_LE): experts of random popularity, balanced by the sign rule."""
     rng = np.random.default_rng(seed)
-    attraction = rng.normal(0, 0.12, (num_layers, num_experts)) * np.linspace(1.3, 0.7, num_layers)[:, None]
+    popularity = rng.normal(0, 0.12, (num_layers, num_experts)) * np.linspace(1.3, 0.7, num_layers)[:, None]
     bias = np.zeros((num_layers, num_experts), dtype=np.float32)
     rate = 0.3 / max(60, steps / 3)
     for step in range(1, steps + 1):
-        score = (attraction + bias) / 0.06 + rng.normal(0, 0.12, bias.shape)
+        score = (popularity + bias) / 0.06 + rng.normal(0, 0.12, bias.shape)
         share = np.exp(score - score.max(axis=1, keepdims=True))
         share /= share.sum(axis=1, keepdims=True)
         load = np.rint(4096 * 4 * share).astype(np.int64)
@@ -82,31 +82,31 @@ def config(num_layers: int, num_experts: int, steps: int) -> dict[str, Any]:
     }
 
 
-def write_metrics(folder: Path, records: Iterable[dict[str, Any]]) -> None:
-    """folder/metrics.jsonl holds the records."""
-    metrics = MetricsFile(folder / "metrics.jsonl", last_step=0)
+def write_metrics(directory: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write the records to metrics.jsonl in the directory."""
+    metrics = MetricsFile(directory / "metrics.jsonl", last_step=0)
     for record in records:
         metrics.append(record)
     metrics.close()
 
 
-def write_loads(folder: Path, names: list[str], records: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> None:
-    """folder/loads.bin holds the (step, load_LE, bias_LE)."""
-    loads = LoadFile(folder / "loads.bin", layer_names=names, last_step=0)
+def write_loads(directory: Path, names: list[str], records: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> None:
+    """Write each (step, load_LE, bias_LE) to loads.bin in the directory."""
+    loads = LoadFile(directory / "loads.bin", layer_names=names, last_step=0)
     for record in records:
         loads.append(*record)
     loads.close()
 
 
-def make_run(folder: Path, num_layers: int, num_experts: int, steps: int, *, evaluate_every: int = 50) -> Path:
-    """The folder holds a whole run of `steps` logged steps."""
+def make_run(directory: Path, num_layers: int, num_experts: int, steps: int, *, evaluate_every: int = 50) -> Path:
+    """Write a whole run of `steps` logged steps to the directory."""
     logged = list(balancing(num_layers, num_experts, steps))
     records = []
     for step, load_LE, bias_LE in logged:
         records.append(training_record(step, load_LE, bias_LE))
         if step % evaluate_every == 0:
             records.append(evaluation_record(step))
-    write_metrics(folder, records)
-    write_loads(folder, layer_names(num_layers), logged)
-    (folder / "config.json").write_text(json.dumps(config(num_layers, num_experts, steps)))
-    return folder
+    write_metrics(directory, records)
+    write_loads(directory, layer_names(num_layers), logged)
+    (directory / "config.json").write_text(json.dumps(config(num_layers, num_experts, steps)))
+    return directory

@@ -15,7 +15,7 @@ from typing import Any
 from alfb_dist.cli.doctor.case import Case
 from alfb_dist.cli.doctor.device import find_device
 from alfb_dist.cli.doctor.result import Result, not_applicable, ok, problem
-from alfb_dist.training.estimate import human
+from alfb_dist.report.wording import human
 
 LIMIT_SECONDS = 120
 _RANK = [sys.executable, "-m", "alfb_dist.cli.doctor.exchange_rank"]

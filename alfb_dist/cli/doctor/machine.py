@@ -15,7 +15,7 @@ import alfb_dist
 from alfb_dist.cli.doctor.case import Case
 from alfb_dist.cli.doctor.device import uses_cuda
 from alfb_dist.cli.doctor.result import Result, ok, problem, warning
-from alfb_dist.training.estimate import human
+from alfb_dist.report.wording import human
 
 GIB = 2**30
 LEAST_SHM = GIB // 2
