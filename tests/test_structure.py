@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,13 @@ def test_no_file_is_a_drawer() -> None:
 @pytest.mark.parametrize("path", FILES, ids=short)
 def test_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_wheel_holds_every_file_of_the_package() -> None:
+    """setuptools takes the modules of directories with an __init__.py, and what package-data names."""
+    packages = {path.parent for path in PACKAGE.rglob("__init__.py")}
+    assert {path.parent for path in PACKAGE.rglob("*.py")} <= packages
+    setuptools = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    named = {path for pattern in setuptools["package-data"]["alfb_dist"] for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert named == others

@@ -1,5 +1,5 @@
-"""The `alfb` command, one file a command. Only the part that a command needs is imported, so that refusals and help
-come at once."""
+"""The `alfb` command, one file a command. A command imports what it needs when it runs, so that help and configuration
+errors are printed at once."""
 
 from __future__ import annotations
 
@@ -11,46 +11,51 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alfb_dist.cli import bench, checkpoint, data, doctor, launch, report, train
-from alfb_dist.cli.parser import launched_world
 from alfb_dist.config import ConfigError
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, FAILED
+from alfb_dist.distributed.rendezvous import launched_world
 
 COMMANDS = (train, launch, report, data, checkpoint, doctor, bench)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="alfb", description="Balanced expert-parallel MoE training on DeepSpeed.")
+    parser = argparse.ArgumentParser(
+        prog="alfb",
+        description="Train Mixture-of-Experts models on DeepSpeed, with auxiliary-loss-free load balancing.",
+        epilog="Exit codes: 0 done; 75 stopped after saving a checkpoint; 78 invalid configuration; 128+n killed by "
+        "signal n; anything else a failure.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
     return parser
 
 
-TELLING_SECONDS = 3.0
-"""How long other ranks leave rank 0 to tell why: launchers kill it as soon as another rank has ended."""
+PRINT_SECONDS = 3.0
+"""How long other ranks wait for rank 0 to print an error. Launchers kill it as soon as another rank ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code. What a user can mend is told once, by rank 0, and exits with 78."""
+    """Run a command and return its exit code. Rank 0 prints an error that the user can fix; its exit code is 78."""
     arguments = _parser().parse_args(argv)
-    # In a training run only a bad configuration is the user's to mend; anything else deserves its traceback.
-    mendable = (ConfigError,) if arguments.command in ("train", "launch") else (ValueError, OSError)
+    # In a training run only a configuration error is for the user; any other error needs its traceback.
+    user_errors = (ConfigError,) if arguments.command in ("train", "launch") else (ValueError, OSError)
     try:
         return int(arguments.run(arguments))
-    except mendable as error:
+    except user_errors as error:
         if launched_world()[0] == 0:
             print(f"alfb: {error}", file=sys.stderr)
         else:
-            time.sleep(TELLING_SECONDS)
+            time.sleep(PRINT_SECONDS)
         return BAD_CONFIG
 
 
 def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and end the process with its exit code."""
+    """Run a command and end the process with its exit code."""
     try:
         code = main(argv)
     except RuntimeError as error:
-        _end_if_left_alone(error)
+        _exit_after_peer_error(error)
         raise
     if "torch.distributed" not in sys.modules:
         sys.exit(code)
@@ -60,10 +65,10 @@ def run_and_leave(argv: Sequence[str] | None = None) -> NoReturn:
     leave(code)
 
 
-def _end_if_left_alone(error: RuntimeError) -> None:
-    """The process has ended with 1 if the error is that others are missing, which has been told.
+def _exit_after_peer_error(error: RuntimeError) -> None:
+    """End the process with exit code 1 if the error is that other ranks are missing, which is already reported.
 
-    At once: while Python winds itself down, process groups whose exchange failed hang or abort the process.
+    Without Python's own shutdown, in which process groups with a failed exchange hang or abort.
     """
     if "alfb_dist.distributed.liveness" in sys.modules:
         from alfb_dist.distributed.liveness import PeerError

@@ -1,4 +1,4 @@
-"""`alfb bench`: an MoE block of the user's sizes beside transformers' own."""
+"""`alfb bench`: time an MoE block of given sizes against transformers' own."""
 
 from __future__ import annotations
 
@@ -7,32 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from alfb_dist.bench.sizes import AXES, DTYPES, ROUTINGS, Case, scaled
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.config import load_config
 from alfb_dist.distributed.launch.signals import DONE
 
-SIZES = ("tokens", "hidden", "inter", "experts", "topk", "ranks")
-_HELP = {"tokens": "tokens of each rank", "inter": "width of an expert", "topk": "experts of a token"}
+SIZES = {
+    "tokens": "tokens per rank",
+    "hidden": "model width",
+    "inter": "width of an expert",
+    "experts": "number of experts",
+    "topk": "experts per token",
+    "ranks": "number of ranks",
+}
 
 
-def add(commands: Subcommands) -> None:
-    """The command and its options."""
-    bench = commands.add_parser("bench", help="time an MoE block beside transformers' own, in turn in one run")
-    bench.add_argument("config", nargs="?", type=Path, help="a TOML file whose sizes are meant; options go before it")
-    for name in SIZES:
+def add(commands: Any) -> None:
+    """Add `alfb bench` to the commands."""
+    bench = commands.add_parser(
+        "bench",
+        help="time an MoE block against transformers' own",
+        description="Time an MoE block against transformers' own, in turns in one run.",
+    )
+    bench.add_argument(
+        "config", nargs="?", type=Path, help="configuration file to take the sizes from; options override it"
+    )
+    for name, about in SIZES.items():
         default = getattr(Case(), name)
-        bench.add_argument(f"--{name}", type=int, help=f"{_HELP.get(name, name)} (default: {default})")
-    bench.add_argument("--routing", choices=ROUTINGS, default="balanced", help="how tokens choose (default: balanced)")
-    bench.add_argument("--dtype", choices=DTYPES, help="of weights and tokens (default: float32)")
-    bench.add_argument("--seconds", type=float, default=20.0, help="time for each case (default: 20)")
-    bench.add_argument("--scaling", choices=tuple(AXES), help="vary this size instead")
-    bench.add_argument("--values", help="the values of --scaling, such as 16,64,256")
-    bench.add_argument("--out", type=Path, help="a folder for bench.json, bench.md and bench.html")
+        bench.add_argument(f"--{name}", type=int, metavar="N", help=f"{about} (default: {default})")
+    bench.add_argument(
+        "--routing", choices=ROUTINGS, default="balanced", help="how tokens are routed (default: balanced)"
+    )
+    bench.add_argument("--dtype", choices=DTYPES, help="dtype of weights and tokens (default: float32)")
+    bench.add_argument("--seconds", type=float, default=20.0, metavar="N", help="seconds per case (default: 20)")
+    bench.add_argument("--scaling", choices=tuple(AXES), help="vary this size and print a table")
+    bench.add_argument("--values", help="values for --scaling, such as 16,64,256")
+    bench.add_argument("--out", type=Path, help="directory for bench.json, bench.md and bench.html")
     bench.set_defaults(run=_bench)
 
 
 def _sizes_of(path: Path) -> dict[str, Any]:
-    """The sizes of a configuration's first MoE block and of its micro-batch."""
+    """Return the sizes of a configuration's first MoE block and of its micro-batch."""
     config = load_config(path, [])
 
     from alfb_dist.moe.families.blocks import moe_blocks
@@ -42,7 +55,7 @@ def _sizes_of(path: Path) -> dict[str, Any]:
     block = next(iter(moe_blocks(model)), None)
     gate_up = None if block is None else getattr(block.module.experts, "gate_up_proj", None)
     if block is None or gate_up is None or gate_up.dim() != 3:
-        raise ValueError(f"{path}: {type(model).__name__} has no MoE block with fused SwiGLU experts to bench")
+        raise ValueError(f"{path}: {type(model).__name__} has no MoE block with fused SwiGLU experts to benchmark")
     return {
         "tokens": config.train.micro_batch * config.data.sequence_length,
         "hidden": gate_up.shape[2],
@@ -67,11 +80,11 @@ def _values(arguments: argparse.Namespace) -> list[int] | None:
     if arguments.values is None:
         return None
     if arguments.scaling is None:
-        raise ValueError("--values are those of --scaling, which is missing")
+        raise ValueError("--values needs --scaling")
     try:
         return [int(value) for value in arguments.values.split(",")]
     except ValueError:
-        raise ValueError(f"--values must be numbers with commas between them, got {arguments.values!r}") from None
+        raise ValueError(f"--values must be comma-separated integers, got {arguments.values!r}") from None
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -1,22 +1,37 @@
-"""`alfb data`: token files."""
+"""`alfb data`: prepare token files."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.distributed.launch.signals import DONE
 
 
-def add(commands: Subcommands) -> None:
-    """The command and its options."""
+def add(commands: Any) -> None:
+    """Add `alfb data` to the commands."""
     data = commands.add_parser("data", help="prepare token files").add_subparsers(required=True, metavar="ACTION")
-    prepare = data.add_parser("prepare", help="turn text into token files")
-    prepare.add_argument("source", nargs="+", help='files, folders, or "python-stdlib"')
-    prepare.add_argument("--cache", default="data-cache", help="folder of the token files (default: data-cache)")
-    prepare.add_argument("--tokenizer", default="bytes", help='"bytes", a tokenizer.json, or a transformers folder')
-    prepare.add_argument("--end-token", help="the tokenizer's end-of-document token, if it is not a usual one")
-    prepare.add_argument("--validation-fraction", type=float, default=0.05, help="share of the files (default: 0.05)")
+    prepare = data.add_parser(
+        "prepare",
+        help="turn text into token files",
+        description="Turn text into two token files, one for training and one for validation.",
+    )
+    prepare.add_argument("source", nargs="+", help='text files, directories, or "python-stdlib"')
+    prepare.add_argument("--cache", default="data-cache", help="directory for the token files (default: data-cache)")
+    prepare.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help='"bytes" (default), a tokenizer.json, or the directory of a transformers tokenizer',
+    )
+    prepare.add_argument(
+        "--end-token", help="the tokenizer's end-of-document token, if it is not one of the usual ones"
+    )
+    prepare.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="fraction of the files to keep for validation (default: 0.05)",
+    )
     prepare.set_defaults(run=_prepare)
 
 
@@ -34,5 +49,5 @@ def _prepare(arguments: argparse.Namespace) -> int:
     for path in (prepared.train, prepared.validation):
         with TokenFile(path) as file:
             print(f"{path}: {file.num_tokens:,} tokens in {file.num_documents:,} documents")
-    print(f"left out: {prepared.num_empty} empty and {prepared.num_undecodable} undecodable files")
+    print(f"skipped: {prepared.num_empty} empty and {prepared.num_undecodable} undecodable files")
     return DONE

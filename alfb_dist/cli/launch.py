@@ -1,13 +1,13 @@
-"""`alfb launch`: `alfb train` once a rank, by any launcher, with signals, exit code and restarts in one hand."""
+"""`alfb launch`: start `alfb train` on every rank by any launcher; handle signals, exit codes and restarts."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shlex
+from typing import Any
 
-from alfb_dist.cli.parser import Subcommands
-from alfb_dist.cli.train import add_settings, read_config, settings_of
+from alfb_dist.cli.train import add_config_options, config_words, read_config
 from alfb_dist.distributed.launch.commands import command
 from alfb_dist.distributed.launch.environment import environment_with_exports
 from alfb_dist.distributed.launch.hostfile import ssh_command
@@ -16,20 +16,27 @@ from alfb_dist.distributed.launch.signals import DONE
 from alfb_dist.distributed.placement import check_placement
 
 
-def add(commands: Subcommands) -> None:
-    """The command and its options."""
-    launch = commands.add_parser("launch", help="start a training run on one host or many, and watch over it")
-    add_settings(launch)
-    add_options(launch.add_argument_group("where"))
-    launch.add_argument("--max-restarts", type=int, default=0, help="after a crash, resume up to N times (default: 0)")
-    launch.add_argument("--dry-run", action="store_true", help="print the exact command and start nothing")
+def add(commands: Any) -> None:
+    """Add `alfb launch` to the commands."""
+    launch = commands.add_parser(
+        "launch",
+        help="start all ranks of a training run, on one host or several, and supervise them",
+        description="Start `alfb train` on every rank. TERM, INT and USR1 end the run after the current step, with a "
+        "checkpoint and exit code 75.",
+    )
+    add_config_options(launch)
+    add_options(launch.add_argument_group("ranks and hosts"))
+    launch.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="resume up to N times after a crash (default: 0)"
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print the exact command and exit")
     launch.set_defaults(run=_launch)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     launch = plan(arguments, read_config(arguments).parallel.ep_degree)
     config = read_config(arguments, launch.ranks)
-    parallel, settings = config.parallel, settings_of(arguments)
+    parallel, settings = config.parallel, config_words(arguments)
     by_rank = [host for host, ranks in launch.hosts.items() for _ in range(ranks)]
     check_placement(by_rank, parallel.ep_degree, parallel.expert_placement)
     if arguments.dry_run:

@@ -1,18 +1,22 @@
-"""`alfb report`: a run's report.html."""
+"""`alfb report`: the report.html of a run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.distributed.launch.signals import DONE
 
 
-def add(commands: Subcommands) -> None:
-    """The command and its options."""
-    report = commands.add_parser("report", help="draw a run's report.html, also while it runs")
-    report.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, such as runs/demo")
+def add(commands: Any) -> None:
+    """Add `alfb report` to the commands."""
+    report = commands.add_parser(
+        "report",
+        help="write report.html of a run, finished or still running",
+        description="Write report.html into the directory of a run, finished or still running, and print its path.",
+    )
+    report.add_argument("run_folder", type=Path, metavar="RUN", help="the directory of a run, such as runs/demo")
     report.set_defaults(run=_report)
 
 

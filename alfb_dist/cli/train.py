@@ -1,4 +1,4 @@
-"""`alfb train`: a training run, or what it would be."""
+"""`alfb train`: train a model, or print what a run would be."""
 
 from __future__ import annotations
 
@@ -10,43 +10,60 @@ from typing import Any
 
 import psutil
 
-from alfb_dist.cli.parser import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
 from alfb_dist.distributed.launch.control_channel import Lifeline
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
-from alfb_dist.distributed.rendezvous import launchers, watch
+from alfb_dist.distributed.rendezvous import launched_world, launchers, watch
 
 
-def add(commands: Subcommands) -> None:
-    """The command and its options."""
-    train = commands.add_parser("train", help="train a model; under a launcher, one process a rank")
-    add_settings(train)
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    train.add_argument("--dry-run", action="store_true", help="print sizes, memory and bytes exchanged, and stop")
-    train.add_argument("--ranks", type=int, help="for --dry-run: the number of ranks (default: ep_degree)")
+def add(commands: Any) -> None:
+    """Add `alfb train` to the commands."""
+    train = commands.add_parser(
+        "train",
+        help="train a model in this process, or in each that a launcher starts",
+        description="Train a model. Started by deepspeed, torchrun, mpirun or srun, this process is one rank of the "
+        "run; otherwise it is the only one.",
+    )
+    add_config_options(train)
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    train.add_argument("--dry-run", action="store_true", help="print sizes, memory and bytes exchanged, and exit")
+    train.add_argument(
+        "--ranks", type=int, metavar="N", help="number of ranks for --dry-run (default: parallel.ep_degree)"
+    )
     train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
     train.add_argument("--lifeline", default="", help=argparse.SUPPRESS)  # added by alfb launch
     train.set_defaults(run=_train)
 
 
-def add_settings(command: argparse.ArgumentParser) -> None:
-    """What makes up the configuration of a run, with every command that takes one."""
-    command.add_argument("config", nargs="?", type=Path, help="a TOML file, such as configs/demo.toml")
-    command.add_argument("--config", dest="config_option", type=Path, metavar="CONFIG", help="the same as an option")
+def add_config_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that make up the configuration of a run."""
+    command.add_argument("config", nargs="?", type=Path, help="configuration file, such as configs/demo.toml")
     command.add_argument(
-        "--deepspeed_config", "--deepspeed-config", type=Path, metavar="JSON", help="DeepSpeed's configuration file"
-    )
-    command.add_argument("--deepspeed", action="store_true", help="as DeepSpeed's scripts take it; always on")
-    command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="such as balance.rate=0.001"
+        "--config", dest="config_option", type=Path, metavar="CONFIG", help="the same, given as an option"
     )
     command.add_argument(
-        "--profile", action="store_true", help="keep a profiler trace of a few steps in the run folder, and tell"
+        "--deepspeed_config",
+        "--deepspeed-config",
+        type=Path,
+        metavar="JSON",
+        help="DeepSpeed configuration to merge in",
+    )
+    command.add_argument("--deepspeed", action="store_true", help="accepted as in DeepSpeed's own scripts; always on")
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, such as balance.rate=0.001; may be repeated",
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="trace a few steps with torch's profiler and show where their time goes"
     )
 
 
-def settings_of(arguments: argparse.Namespace) -> list[str]:
-    """The same settings as words of a command line."""
+def config_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the words of a command line that make up the same configuration."""
     words = [str(_path(arguments)), *(word for override in arguments.overrides for word in ("--set", override))]
     if arguments.deepspeed_config:
         words += ["--deepspeed", "--deepspeed_config", str(arguments.deepspeed_config)]
@@ -54,7 +71,7 @@ def settings_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def read_config(arguments: argparse.Namespace, world_size: int | None = None) -> Config:
-    """The configuration that the arguments make up. ConfigError with one line for each thing wrong."""
+    """Return the configuration that the arguments make up. Raises ConfigError with one line per problem."""
     return load_config(
         _path(arguments), arguments.overrides, world_size=world_size, deepspeed_json=arguments.deepspeed_config
     )
@@ -63,7 +80,7 @@ def read_config(arguments: argparse.Namespace, world_size: int | None = None) ->
 def _path(arguments: argparse.Namespace) -> Path:
     path: Path | None = arguments.config or arguments.config_option
     if path is None:
-        raise ConfigError("no configuration given: alfb train configs/demo.toml")
+        raise ConfigError("no configuration given; an example: alfb train configs/demo.toml")
     return path
 
 
@@ -92,7 +109,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: Config, lifeline: Lifeline, *, profile: bool) -> int:
-    """The run has ended with this exit code. The process's signals ask it to stop, from here to the process's end."""
+    """Run the training and return its exit code. From here on, signals to this process ask the run to stop."""
 
     def nothing_to_save() -> None:
         lifeline.tell(code=PREEMPTED)
@@ -118,8 +135,8 @@ def _connect(address: str, rank: int) -> Lifeline:
     except OSError as error:
         host, port, _ = address.rsplit(":", 2)
         raise ConfigError(
-            f"alfb launch at {host}, port {port}, cannot be reached from here ({error}): give an address that ranks "
-            "reach by --launch-host"
+            f"alfb launch at {host}, port {port}, cannot be reached from here ({error}): set --launch-host "
+            "to an address that the ranks can reach"
         ) from None
 
 
@@ -135,7 +152,7 @@ def _dry_run(config: Config, ranks: int | None) -> int:
 
     from alfb_dist.training.estimate import estimate, table_rows
 
-    table = Table("what", "how much", title=f"{config.run.name}: nothing was started")
+    table = Table("quantity", "value", title=f"{config.run.name}: dry run")
     for row in table_rows(estimate(config, world_size), world_size, config):
         table.add_row(*row)
     Console().print(table)

@@ -1,4 +1,4 @@
-"""The configuration of a run, read from TOML and checked as a whole before any process starts."""
+"""The configuration of a run: read from TOML, checked as a whole before any process starts."""
 
 from alfb_dist.config.loading import load_config, read_section
 from alfb_dist.config.tables import TABLES, Config, config_to_toml, describe_fields

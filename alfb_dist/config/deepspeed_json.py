@@ -1,8 +1,8 @@
-"""A DeepSpeed configuration file as DeepSpeed's users write it, merged into ours.
+"""A DeepSpeed configuration file, merged into the TOML file's tables.
 
-What our tables decide is translated into them: sizes, clipping, AdamW, the schedule, bf16. The section `alf_lb` holds
-keys of [parallel] and [balance]. All else goes into [deepspeed]. "auto" leaves a key to the TOML file or its default,
-and to DeepSpeed's default where our tables have no such key. A key that both files set must be the same in both.
+Sizes, clipping, AdamW, its schedule and bf16 become settings of our tables. The section `alf_lb` has keys of [parallel]
+and [balance]. Everything else goes into [deepspeed]. "auto" leaves a key to the TOML file or its default, and to
+DeepSpeed's default where our tables have no such key. A key set in both files must have the same value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SIZES = {
     "gradient_clipping": "optimizer.clip",
 }
 _ADAMW = {name: f"optimizer.{name}" for name in ("lr", "betas", "eps", "weight_decay")}
-_ADAMW_KINDS = ("torch_adam", "adam_w_mode", "fused", "foreach")  # which AdamW: ours is torch's fused one
+_ADAMW_KINDS = ("torch_adam", "adam_w_mode", "fused", "foreach")  # accepted: it is always torch's fused AdamW
 _SCHEDULES = {"WarmupLR": "constant", "WarmupCosineLR": "cosine"}
 _SCHEDULE = {
     "warmup_num_steps": "optimizer.warmup_steps",
@@ -32,11 +32,11 @@ _SCHEDULE = {
     "cos_min_ratio": "optimizer.min_lr_ratio",
     "warmup_max_lr": "optimizer.lr",
 }
-_SCHEDULE_ONLY = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "warmup_type": "linear"}  # what ours does
+_SCHEDULE_ONLY = {"warmup_min_lr": 0, "warmup_min_ratio": 0, "warmup_type": "linear"}  # as our schedule does
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """Return the file's object. Raises ConfigError naming the file; comments are allowed, as DeepSpeed allows them."""
+    """Return the JSON object in a file, which may have comments. Raises ConfigError if it cannot be read."""
     import hjson  # here, since few runs need it
 
     try:
@@ -46,7 +46,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, as DeepSpeed's configuration files do")
+        raise ConfigError(f"{path}: must contain a JSON object")
     return values
 
 
@@ -54,13 +54,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)} is given twice")
+        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)}")
     return found
 
 
 @dataclass
 class Merge:
-    """The tables of a TOML file, into which a DeepSpeed file is merged; `problems` holds one line each."""
+    """Tables of a TOML file, into which a DeepSpeed file is merged. `problems` has one line for each conflict."""
 
     tables: dict[str, Any]
     file: str
@@ -69,7 +69,7 @@ class Merge:
     origins: dict[str, str] = field(default_factory=dict)
 
     def merge(self, values: dict[str, Any], world_size: int | None) -> None:
-        """All keys are in the tables. world_size: by which accumulation steps count, where it is known."""
+        """Merge all values into the tables. world_size: number of ranks, if known, for the accumulation steps."""
         rest = dict(values)
         self._section(rest.pop(SECTION, {}))
         for key, path in _SIZES.items():
@@ -82,7 +82,7 @@ class Merge:
         self._pass_on(rest)
 
     def explain(self, problem: str) -> str:
-        """The line of a problem, with the key of the file that its value comes from."""
+        """Return a problem with the key of the DeepSpeed file that its value comes from."""
         origin = self.origins.get(problem.partition(" ")[0])
         return f"{problem} (from {origin} in {self.file})" if origin else problem
 
@@ -100,7 +100,7 @@ class Merge:
             table[setting], self.origins[path] = value, key
 
     def _table(self, key: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
-        """The value where it is a table of these names only; what is wrong with it is told."""
+        """Return the entries with these names; report a value that is not a table, and other names."""
         if value == AUTO:
             return {}
         if not isinstance(value, dict):
@@ -108,7 +108,8 @@ class Merge:
             return {}
         known = list(names)
         for name in value.keys() - set(known):
-            line = unknown_key(f"{key}.{name}", name, known, "that a run here takes")
+            fault = "unknown key" if key == SECTION else "unsupported key"
+            line = unknown_key(f"{key}.{name}", name, known, fault)
             self.problems.append(f"{line} ({self.file})")
         return {name: value[name] for name in known if name in value}
 
@@ -143,10 +144,10 @@ class Merge:
 
     def _precision(self, key: str, value: Any) -> None:
         enabled = AUTO
-        if key == "fp16":  # its other keys tune a loss scale that there is none of here
+        if key == "fp16":  # its other keys tune loss scaling, which is not used
             enabled = value.get("enabled", AUTO) if isinstance(value, dict) else value
             if enabled not in (AUTO, False):
-                self.problems.append(f"fp16 ({shown(value)}) in {self.file} must be off: take bf16 or float32")
+                self.problems.append(f"fp16 ({shown(value)}) in {self.file} must be disabled: use bf16 or float32")
             return
         enabled = self._table(key, value, ("enabled",)).get("enabled", AUTO)
         dtypes = {True: "bfloat16", False: "float32", AUTO: AUTO}
@@ -156,9 +157,9 @@ class Merge:
             self._put("model.dtype", dtypes[enabled], f"{key}.enabled")
 
     def _accumulation(self, steps: Any, world_size: int | None) -> None:
-        """The global batch that follows from the accumulation steps; the micro-batch must be known by now.
+        """Set the global batch from the accumulation steps and the micro-batch, which is merged before.
 
-        Before the number of ranks is known, it is that of one expert group, and contradicts nothing.
+        If the number of ranks is unknown, one expert group is assumed, and a global batch in the TOML file wins.
         """
         if steps == AUTO:
             return

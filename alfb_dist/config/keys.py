@@ -1,7 +1,7 @@
-"""The keys that DeepSpeed and transformers know, without importing either: a refusal has to be fast.
+"""The keys of DeepSpeed and of transformers' model families, without importing either: a mistake is reported at once.
 
-DeepSpeed 0.19's are listed here; a test compares the lists with the installed package. A transformers family's are
-read from the source of its configuration class, so they are always those of the installed release.
+Those of DeepSpeed 0.19 are listed here; a test compares them with the installed package. Those of a family are read
+from the source of its configuration class, so they are those of the installed release.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# DeepSpeed's top-level keys by the kind of value they take.
+# DeepSpeed's top-level keys by the kind of their values.
 _DEEPSPEED = {
     "bool": """dataloader_drop_last disable_allgather disable_python_gc dump_state managed_gradient_accumulation
         memory_breakdown prescale_gradients use_data_before_expert_parallelism wall_clock_breakdown
@@ -28,7 +28,7 @@ _DEEPSPEED = {
 }
 DEEPSPEED_KEYS = {key: kind for kind, keys in _DEEPSPEED.items() for key in keys.split()}
 
-# DeepSpeed keys that alfb_dist sets itself, and the key of ours that decides each.
+# DeepSpeed keys that alfb_dist sets itself, and the setting that each follows from.
 DERIVED_KEYS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -39,10 +39,10 @@ DERIVED_KEYS = {
     "bf16": "model.dtype",
     "bfloat16": "model.dtype",
     "fp16": "model.dtype",
-    "expert_parallel": "parallel.ep_degree (expert parallelism is alfb_dist's own here)",
+    "expert_parallel": "parallel.ep_degree (alfb_dist shards the experts itself)",
 }
 
-# Keys of deepspeed.zero_optimization by kind. Those for its third stage may go without their prefix stage3_.
+# Keys of deepspeed.zero_optimization by kind. Those of stage 3 are known with and without the prefix stage3_.
 _ZERO = {
     "int": "stage allgather_bucket_size reduce_bucket_size sub_group_size zero_hpz_partition_size",
     "bool": """allgather_partitions compute_grad_norm contiguous_gradients cpu_offload cpu_offload_param
@@ -62,11 +62,11 @@ ZERO_KEYS = {key: kind for kind, keys in _ZERO.items() for key in keys.split()} 
     prefix + key: kind for kind, keys in _ZERO_3.items() for key in keys.split() for prefix in ("", "stage3_")
 }
 
-# The names under which families keep the number of routed experts, and of experts a token.
+# The families' names for the number of routed experts, and of experts per token.
 EXPERT_NAMES = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
-# Keyword arguments that every configuration class takes besides its own fields.
+# Keyword arguments that every configuration class accepts besides its own fields.
 _COMMON = ("architectures", "rope_scaling", "rope_theta", "partial_rotary_factor", "transformers_version")
 
 
@@ -74,8 +74,8 @@ _COMMON = ("architectures", "rope_scaling", "rope_theta", "partial_rotary_factor
 class FamilyKeys:
     """What a transformers configuration class declares.
 
-    kinds: type names that each field accepts ("int", "None", ...), or None where the annotation is not that simple.
-    defaults: of the fields with a literal default. synonyms: other names of a field. extras: further accepted names.
+    kinds: the type names that each field accepts ("int", "None", ...), or None if its annotation holds anything else.
+    defaults: the literal defaults. synonyms: other names of a field. extras: further accepted names.
     """
 
     kinds: dict[str, frozenset[str] | None]
@@ -93,12 +93,12 @@ class FamilyKeys:
 
 @lru_cache(maxsize=8)
 def family_keys(family: str) -> FamilyKeys | None:
-    """Return what the configuration class with `model_type == family` declares; None if transformers has none."""
+    """Return the keys of the configuration class with `model_type == family`, or None if transformers has none."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", family):
-        return None  # must not lead to another folder
-    folders = [family, family.replace("-", "_"), family.removesuffix("_text")]
-    for folder in dict.fromkeys(folders):
-        for path in sorted((_models_folder() / folder).glob("configuration_*.py")):
+        return None  # must not lead to another directory
+    directories = [family, family.replace("-", "_"), family.removesuffix("_text")]
+    for directory in dict.fromkeys(directories):
+        for path in sorted((_models_directory() / directory).glob("configuration_*.py")):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.ClassDef) and _assigned(node).get("model_type") == family:
                     return _declared(node)
@@ -106,13 +106,13 @@ def family_keys(family: str) -> FamilyKeys | None:
 
 
 def moe_families() -> list[str]:
-    """Return the folder names of the model families whose configuration counts experts, for suggestions."""
+    """Return the names of the model families with a number of experts, for suggestions."""
     pattern = re.compile(rf"^    ({'|'.join(EXPERT_NAMES)}): ", re.MULTILINE)
-    sources = sorted(_models_folder().glob("*/configuration_*.py"))
+    sources = sorted(_models_directory().glob("*/configuration_*.py"))
     return [path.parent.name for path in sources if pattern.search(path.read_text(encoding="utf-8"))]
 
 
-def _models_folder() -> Path:
+def _models_directory() -> Path:
     spec = importlib.util.find_spec("transformers")  # finds the package, does not import it
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("transformers is not installed: install alfb_dist with its dependencies")
@@ -130,7 +130,7 @@ def _declared(node: ast.ClassDef) -> FamilyKeys:
                 try:
                     defaults[name] = ast.literal_eval(statement.value)
                 except ValueError:
-                    continue  # a default that is an expression: no rule of ours reads such a field
+                    continue  # an expression: no rule reads such a default
     synonyms = _assigned(node).get("attribute_map", {})
     extras = set(_COMMON) | set(re.findall(r"kwargs\.(?:pop|get)\('(\w+)'", ast.unparse(node)))
     return FamilyKeys(kinds, defaults, synonyms, frozenset(extras))
@@ -148,7 +148,7 @@ def _assigned(node: ast.ClassDef) -> dict[str, Any]:
 
 
 def _kinds(annotation: ast.expr) -> frozenset[str] | None:
-    """Return the type names of a union such as `int | list[int] | None`; None if it holds anything unusual."""
+    """Return the type names in a union such as `int | list[int] | None`, or None if it holds anything else."""
     if isinstance(annotation, ast.BinOp):
         left, right = _kinds(annotation.left), _kinds(annotation.right)
         return None if left is None or right is None else left | right

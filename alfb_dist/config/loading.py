@@ -1,4 +1,4 @@
-"""A configuration read from files and overrides; every problem named before any process starts."""
+"""Loading a configuration from files and overrides. All its problems are reported together, before a run starts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 from alfb_dist.config.deepspeed_json import SECTION, Merge, read_deepspeed_json
 from alfb_dist.config.keys import family_keys
 from alfb_dist.config.rules import Settings, problems, unknown_key
-from alfb_dist.config.tables import RULES, TABLES, BalanceConfig, Config, ParallelConfig, Table, refuse
-from alfb_dist.config.text import apply_overrides, nearest, read_toml, shown, to_value
+from alfb_dist.config.tables import RULES, TABLES, BalanceConfig, Config, ParallelConfig, Table
+from alfb_dist.config.text import apply_overrides, nearest, read_toml, refuse, shown, to_value
 
 
 def load_config(
@@ -25,10 +25,10 @@ def load_config(
     world_size: int | None = None,
     deepspeed_json: Path | None = None,
 ) -> Config:
-    """Return the configuration in a TOML file, changed by `table.key=value` overrides.
+    """Return the configuration in a TOML file, with `table.key=value` overrides applied.
 
-    world_size: number of ranks, where it is known; the sizes that have to divide it are then checked too.
-    deepspeed_json: a DeepSpeed configuration file that is merged into it, by the rule in deepspeed_json.py.
+    world_size: number of ranks, if known; batch and parallel sizes are then checked against it.
+    deepspeed_json: a DeepSpeed configuration file to merge in, see deepspeed_json.py.
     Raises ConfigError with one line per problem.
     """
     tables = read_toml(Path(path))
@@ -51,18 +51,18 @@ def load_config(
     found += unreadable
     found += problems(Settings(resolved, frozenset(bad), world_size, pretrained), RULES)
     refuse([merge.explain(problem) for problem in found])
-    assert config is not None, "a configuration that pydantic refused has a problem to show"
+    assert config is not None, "pydantic refused the configuration, but no problem was found"
     return config
 
 
 def _section_keys() -> dict[str, str]:
-    """The keys that DeepSpeed's file may hold in its section for us, and where ours are."""
+    """Return the keys of the section `alf_lb` of a DeepSpeed file, and our path of each."""
     tables: tuple[tuple[str, type[Table]], ...] = (("parallel", ParallelConfig), ("balance", BalanceConfig))
     return {key: f"{name}.{key}" for name, model in tables for key in model.model_fields}
 
 
 def read_section(values: dict[str, Any]) -> dict[str, Any]:
-    """The section `alf_lb` of a DeepSpeed configuration, checked, without defaults. ConfigError if a key is wrong."""
+    """Return the settings in a section `alf_lb` of a DeepSpeed configuration. Raises ConfigError if one is invalid."""
     tables: dict[str, Any] = {}
     merge = Merge(tables, "the configuration", _section_keys())
     merge.merge({SECTION: values}, None)
@@ -78,7 +78,7 @@ def read_section(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables completed by defaults, without validation; what is no table is left as it is."""
+    """Return the tables with defaults filled in, not validated; a value in the place of a table is kept."""
     resolved: dict[str, Any] = {"deepspeed": {}, **tables}
     for name, model in TABLES.items():
         given = tables.get(name, {})
@@ -91,7 +91,7 @@ def _with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_pretrained(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return config.json of `model.path` (empty without a path), and what is wrong with it."""
+    """Return config.json of `model.path`, empty without a path, and the problems with it."""
     path = tables["model"].get("path") if isinstance(tables["model"], dict) else None
     if not isinstance(path, str) or not path:
         return {}, []
@@ -99,14 +99,14 @@ def _read_pretrained(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return {}, [f"model.path ({to_value(path)}) must be a folder with a transformers config.json: {error}"]
+        return {}, [f"model.path ({to_value(path)}) must be a directory with a transformers config.json: {error}"]
     if not isinstance(values, dict):
-        return {}, [f"model.path ({to_value(path)}): {file} holds no JSON object"]
+        return {}, [f"model.path ({to_value(path)}): {file} must contain a JSON object"]
     return values, []
 
 
 def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Drop what follows from an error further down, and the rules of the whole, which `load_config` asks itself."""
+    """Drop errors that follow from a nested one, and those of the whole, which `load_config` finds itself."""
     inner = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
     return [detail for detail in details if detail["loc"] and detail["loc"] not in inner]
 
@@ -118,7 +118,7 @@ def _family(tables: dict[str, Any]) -> str:
 
 
 def _explain(detail: ErrorDetails, family: str) -> str:
-    """Return one of pydantic's findings as a line: key path, value, rule and what to do."""
+    """Return one of pydantic's errors as a line: key path, value, rule and what to do."""
     loc, kind, value = detail["loc"], detail["type"], shown(detail["input"])
     path = _path(loc)
     model = TABLES.get(str(loc[0]))
@@ -126,7 +126,7 @@ def _explain(detail: ErrorDetails, family: str) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(path, [str(part) for part in loc], family)
     if kind == "missing":
-        return f"{path} is missing: " + (f"give the {field.description}" if field else f"add a table [{path}]")
+        return f"{path} is missing" + (f" ({field.description})" if field else f": add the table [{path}]")
     if kind in ("model_type", "dict_type"):
         return f"{path} ({value}) must be a table"
     if kind == "invalid-json-value":
@@ -139,7 +139,7 @@ def _explain(detail: ErrorDetails, family: str) -> str:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    """Return a dotted key path. Inside a free table pydantic names a value's type after each key: leave those out."""
+    """Return a dotted key path, without the type names that pydantic puts after the keys of a free table."""
     for free in (("model", "config"), ("deepspeed",)):
         if loc[: len(free)] == free:
             loc = free + loc[len(free) :: 2]
@@ -153,5 +153,5 @@ def _unknown_key(path: str, parts: list[str], family: str) -> str:
     if (keys := family_keys(family)) and key in keys.names:
         elsewhere.append(f"model.config.{key}")
     if elsewhere:
-        return f"{path} is no key; did you mean {' or '.join(elsewhere)}?"
-    return unknown_key(path, key, names, f"of [{parents[0]}]" if parents else "of a configuration")
+        return f"{path}: unknown key; did you mean {' or '.join(elsewhere)}?"
+    return unknown_key(path, key, names, f"unknown key in [{parents[0]}]" if parents else "unknown key")

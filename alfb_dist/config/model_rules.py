@@ -1,6 +1,6 @@
-"""Rules about the model: what its family's configuration class takes, and whether its experts can be chosen and shared.
+"""Rules about the model: the keys of its family's configuration class, and sizes that must fit each other.
 
-A value that is not given counts with the default of the family's class in transformers, as it will in the model.
+A value that is not given has the default of the family's configuration class in transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from alfb_dist.config.keys import EXPERT_NAMES, TOP_K_NAMES, FamilyKeys, family_
 from alfb_dist.config.rules import KINDS, Rule, Settings, UnsettledError, divisible, is_kind, unknown_key
 from alfb_dist.config.text import nearest, shown, to_value
 
-# Sizes and counts of a model: its least values.
+# The smallest valid values of sizes and counts.
 _LEAST = {
     1: """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
         num_key_value_heads head_dim q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim n_group
@@ -23,7 +23,7 @@ _LEAST = {
 }
 LEAST = {key: least for least, keys in _LEAST.items() for key in keys.split()}
 
-# Keyword arguments of a transformers configuration that have a key of their own here.
+# Keyword arguments of a transformers configuration that are settings of their own here.
 SET_ELSEWHERE = {
     "attn_implementation": "model.attention",
     "dtype": "model.dtype",
@@ -31,26 +31,26 @@ SET_ELSEWHERE = {
     "model_type": "model.family",
 }
 
-# Token ids of the bytes tokenizer: 0..255 are bytes, 256 ends a document and pads.
+# Size of the bytes tokenizer: 256 bytes, and one token that ends a document and pads.
 BYTES_VOCAB = 257
 
 
 @dataclass(frozen=True)
 class Model:
-    """The arguments of a transformers configuration, completed by its family's defaults."""
+    """The arguments of a transformers configuration, and the keys of its family."""
 
     prefix: str
     given: dict[str, Any]
     keys: FamilyKeys | None
 
     def find(self, *names: str) -> tuple[str, int]:
-        """Return (label with the value, value) of the first of `names` that is given, or else has a default."""
+        """Return (label with the value, value) of the first of `names` that is given, or else of the first default."""
         given = {self.canonical(key): key for key in self.given}
         for name in names:
             if (key := given.get(self.canonical(name))) is not None:
                 value = self.given[key]
                 if not is_kind(value, "int") or value < 0:
-                    raise UnsettledError(key)  # a problem of its own
+                    raise UnsettledError(key)  # reported by another rule
                 return f"{self.prefix}{key} ({value})", value
         for name in names:
             value = self.default(name)
@@ -61,11 +61,11 @@ class Model:
     def at_least_1(self, *names: str) -> tuple[str, int]:
         label, value = self.find(*names)
         if value < 1:
-            raise UnsettledError(label)  # a problem of its own
+            raise UnsettledError(label)  # reported by another rule
         return label, value
 
     def gives(self, *names: str) -> bool:
-        """Whether one of `names` has a value, right or wrong."""
+        """Return whether one of `names` has a value, valid or not."""
         given = {self.canonical(key) for key, value in self.given.items() if value is not None}
         return any(self.canonical(name) in given or self.default(name) is not None for name in names)
 
@@ -80,7 +80,7 @@ class Model:
 def _model(settings: Settings) -> Model:
     path, family, given = settings("model.path"), settings("model.family"), settings("model.config")
     if path and given:
-        raise UnsettledError("model.config")  # a problem of its own
+        raise UnsettledError("model.config")  # reported by another rule
     if path:
         nested = settings.pretrained.get("text_config")
         values = nested if isinstance(nested, dict) else settings.pretrained
@@ -89,7 +89,7 @@ def _model(settings: Settings) -> Model:
         raise UnsettledError("model.config")
     keys = family_keys(family)
     if not _has_experts(keys):
-        raise UnsettledError("model.family")  # a problem of its own
+        raise UnsettledError("model.family")  # reported by another rule
     return Model("model.config.", given, keys)
 
 
@@ -97,11 +97,11 @@ def model_source(settings: Settings) -> Iterator[str]:
     path, given = settings("model.path"), settings("model.config")
     if path and given:
         yield (
-            f"model.path ({to_value(path)}) and model.config ({len(given)} keys) are both given: keep the path to go "
-            "on from pretrained weights, or the config to start from random ones"
+            f"model.path ({to_value(path)}) and model.config ({len(given)} keys) are both given: keep model.path "
+            "to start from pretrained weights, or model.config to start from random ones"
         )
     if not path and not given:
-        yield "model.config is missing: give [model.config] to start from random weights, or model.path to go on"
+        yield "model.config is missing: give it to start from random weights, or model.path for pretrained ones"
 
 
 def model_family(settings: Settings) -> Iterator[str]:
@@ -113,7 +113,7 @@ def model_family(settings: Settings) -> Iterator[str]:
         return
     near = nearest(family, (name for name in moe_families() if name != family))
     hint = f"; did you mean {shown(near)}?" if near else "; for example deepseek_v3 or glm4_moe"
-    fault = "is no model_type of the installed transformers" if keys is None else "declares no routed experts"
+    fault = "is not a model_type of the installed transformers" if keys is None else "has no routed experts"
     yield f"model.family ({shown(family)}) {fault}{hint}"
 
 
@@ -127,14 +127,14 @@ def model_keys(settings: Settings) -> Iterator[str]:
         if key in SET_ELSEWHERE:
             yield f"{path} ({shown(value)}) is set by {SET_ELSEWHERE[key]}: remove it"
         elif key not in model.keys.names:
-            yield unknown_key(path, key, sorted(model.keys.names), f"of {settings('model.family')}")
+            yield unknown_key(path, key, sorted(model.keys.names), f"unknown key of {settings('model.family')}")
         elif not _accepts(model.keys.kinds.get(key), value):
             kinds = " or ".join(KINDS[kind] for kind in sorted(model.keys.kinds[key] or ()))
             hint = f": write {value}.0" if is_kind(value, "int") and "a number" in kinds else ""
             yield f"{path} ({shown(value)}) must be {kinds}{hint}"
         if (other := seen.setdefault(model.keys.canonical(key), key)) != key:
             same = f"model.config.{other} ({shown(model.given[other])})"
-            yield f"{path} ({shown(value)}) and {same} are one setting: keep one"
+            yield f"{path} ({shown(value)}) and {same} are the same setting: keep one"
 
 
 def model_sizes(settings: Settings) -> Iterator[str]:
@@ -145,11 +145,11 @@ def model_sizes(settings: Settings) -> Iterator[str]:
     if model.keys is not None and not model.gives(*EXPERT_NAMES):
         yield f"{model.prefix}{_declared_name(model, EXPERT_NAMES)} is missing: give the number of routed experts"
     if model.keys is not None and not model.gives(*TOP_K_NAMES):
-        yield f"{model.prefix}{_declared_name(model, TOP_K_NAMES)} is missing: give the number of experts a token"
+        yield f"{model.prefix}{_declared_name(model, TOP_K_NAMES)} is missing: give the number of experts per token"
 
 
 def expert_choice(settings: Settings) -> Iterator[str]:
-    """Top-k within the experts, and within the chosen groups (arXiv:2412.19437: a group's score sums its top two)."""
+    """Top-k must fit into the experts, and into the selected groups (arXiv:2412.19437, eq. 12 to 16)."""
     model = _model(settings)
     experts_label, experts = model.at_least_1(*EXPERT_NAMES)
     top_k_label, top_k = model.at_least_1(*TOP_K_NAMES)
@@ -164,41 +164,41 @@ def expert_choice(settings: Settings) -> Iterator[str]:
     yield from divisible(experts_label, experts, group_label, groups)
     if experts % groups == 0 and experts // groups < 2:
         yield (
-            f"{experts_label} must be at least twice {group_label}: a group is scored by its two best experts; "
+            f"{experts_label} must be at least twice {group_label}: a group's score is the sum of its top two; "
             f"take at most {experts // 2} groups"
         )
     available = min(chosen, groups) * (experts // groups)
     if experts % groups == 0 and available < top_k <= experts:
         yield (
-            f"{top_k_label} must be at most {chosen_label} x {experts // groups} experts a group = {available}: "
-            f"choose at least {-(-top_k // (experts // groups))} groups"
+            f"{top_k_label} must be at most {chosen_label} x {experts // groups} experts per group = {available}: "
+            f"select at least {-(-top_k // (experts // groups))} groups"
         )
 
 
 def expert_layers(settings: Settings) -> Iterator[str]:
     model = _model(settings)
     if model.given.get("mlp_layer_types") is not None:
-        return  # says itself which layers are sparse
+        return  # names the MoE layers itself
     dense_label, dense = model.find("first_k_dense_replace")
     layers_label, layers = model.at_least_1("num_hidden_layers")
     if dense >= layers:
-        yield f"{dense_label} must be less than {layers_label}: without a layer of experts there is nothing to balance"
+        yield f"{dense_label} must be less than {layers_label}: without an MoE layer there is nothing to balance"
 
 
 def bias_modes(settings: Settings) -> Iterator[str]:
-    """One bias mode for each layer of experts, as far as their number is known before the model is built."""
+    """A list of bias modes must have one for each MoE layer, if their number is known before the model is built."""
     modes, model = settings("balance.mode"), _model(settings)
     if isinstance(modes, str):
         return
     kinds = model.given.get("mlp_layer_types")
     if isinstance(kinds, list):
-        label, layers = f"the sparse ones of {model.prefix}mlp_layer_types", kinds.count("sparse")
+        label, layers = f"the sparse layers of {model.prefix}mlp_layer_types", kinds.count("sparse")
     else:
         layers_label, layers = model.at_least_1("num_hidden_layers")
         dense_label, dense = model.find("first_k_dense_replace")
-        label, layers = f"{layers_label} less {dense_label}", layers - dense
+        label, layers = f"{layers_label} minus {dense_label}", layers - dense
     if len(modes) != layers > 0:
-        yield f"balance.mode ({len(modes)} modes) must name one for each of the {layers} layers of experts: {label}"
+        yield f"balance.mode ({len(modes)} modes) must have one mode for each of the {layers} MoE layers: {label}"
 
 
 def attention_heads(settings: Settings) -> Iterator[str]:

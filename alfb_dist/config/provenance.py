@@ -1,4 +1,4 @@
-"""What decides the outcome of a run besides its settings: versions, this package's sources and its commit."""
+"""What the result of a run depends on besides its settings: versions, this package's sources and their commit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import xxhash
 
 _PACKAGES = ("alfb_dist", "torch", "deepspeed", "transformers", "numpy", "safetensors", "wandb")
+_SOURCES = (".py", ".c", ".h")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
+    """Return the versions of Python and of the packages that the result of a run depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -26,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this package's sources, -dirty if files differ from it; None if git does not track them."""
+    """Return the commit of this package's sources, with -dirty if files differ; None if git does not track them."""
     here = Path(__file__).parent
     try:
         tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
@@ -38,18 +39,18 @@ def git_commit() -> str | None:
 
 
 def facts() -> dict[str, str]:
-    """What decides what a rank computes, besides the configuration: versions, and the sources of this package."""
+    """Return the versions and a hash of this package's sources, which all ranks of a run must share."""
     digest = xxhash.xxh3_128()
     package = Path(__file__).parents[1]
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".c")):
+    for path in sorted(p for p in package.rglob("*") if p.suffix in _SOURCES):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return {**versions(), "the files of alfb_dist": digest.hexdigest()[:12]}
+    return {**versions(), "hash of alfb_dist's files": digest.hexdigest()[:12]}
 
 
-def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: str) -> list[str]:
-    """One line for each fact that is not the same everywhere, with who has which value, and what to do.
+def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], fix: str) -> list[str]:
+    """Return one line for each fact that differs: its values, the places that have each, and the fix.
 
-    facts_by_place: (place, facts) for each rank or host, in order; a place may come several times.
+    facts_by_place: (place, facts) of each rank or host, in order; a place may occur several times.
     """
     found = []
     for name in dict.fromkeys(name for _, known in facts_by_place for name in known):
@@ -57,6 +58,6 @@ def differences(facts_by_place: Sequence[tuple[str, Mapping[str, Any]]], mend: s
         for place, known in facts_by_place:
             holders.setdefault(repr(known[name]) if name in known else "missing", []).append(place)
         if len(holders) > 1:
-            told = (f"{value} on {', '.join(dict.fromkeys(places))}" for value, places in holders.items())
-            found.append(f"{name} is {', but '.join(told)}; {mend}")
+            values = (f"{value} on {', '.join(dict.fromkeys(places))}" for value, places in holders.items())
+            found.append(f"{name} is {', but '.join(values)}; {fix}")
     return found

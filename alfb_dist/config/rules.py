@@ -1,7 +1,7 @@
-"""Rules between settings: each is a generator of problems, one line each with key paths, values and what to do.
+"""Rules between settings. A rule yields one line per problem, with the key paths, the values and what to do.
 
-A rule asks for its settings through `Settings`; where one of them is itself wrong or missing the rule stays silent,
-so that one mistake is reported once.
+A rule reads settings through `Settings`. If one of them is missing or invalid, the rule stops there, so that a
+mistake is reported once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 from alfb_dist.config.keys import DEEPSPEED_KEYS, DERIVED_KEYS, ZERO_KEYS
 from alfb_dist.config.text import nearest, shown
 
-# Kinds of values in words.
 KINDS = {
     "bool": "true or false",
     "int": "an integer",
@@ -28,14 +27,14 @@ KINDS = {
 
 
 class UnsettledError(Exception):
-    """Raised where a rule asks for a setting that is missing or already reported."""
+    """Raised when a rule reads a setting that is missing or already reported."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The resolved tables, and the dotted paths in them that must not be relied on.
+    """The tables with their defaults, as rules read them.
 
-    pretrained: config.json of `model.path`, where that was read.
+    bad: dotted paths whose values are invalid. pretrained: config.json of `model.path`, if there is one.
     """
 
     tables: dict[str, Any]
@@ -57,10 +56,10 @@ Rule = Callable[[Settings], Iterator[str]]
 
 
 def problems(settings: Settings, rules: Iterable[Rule]) -> list[str]:
-    """Return one line per broken rule; empty if the configuration holds together."""
+    """Return the problems that the rules find, one line each."""
     lines: list[str] = []
     for rule in rules:
-        # Line by line: a rule may find a problem before it asks for a setting that is not there.
+        # Line by line, to keep the problems found before a rule reads a missing setting.
         with contextlib.suppress(UnsettledError):
             for line in rule(settings):
                 lines.append(line)
@@ -68,7 +67,7 @@ def problems(settings: Settings, rules: Iterable[Rule]) -> list[str]:
 
 
 def is_kind(value: Any, kind: str) -> bool:
-    """Whether a value is of a kind named in config.keys. A bool is no number, and an int is a float too."""
+    """Return whether a value is of a kind named in config/keys.py. A bool is not a number; an int is also a float."""
     if isinstance(value, bool) or kind == "bool":
         return isinstance(value, bool) and kind == "bool"
     if kind == "float":
@@ -77,18 +76,21 @@ def is_kind(value: Any, kind: str) -> bool:
 
 
 def divisible(of: str, value: int, by: str, divisor: int) -> Iterator[str]:
-    """Yield the problem that a value does not divide, with the values next to it that do."""
+    """Yield a problem, with the nearest valid values, if `divisor` does not divide `value`."""
     if value % divisor:
         below, above = value - value % divisor, value - value % divisor + divisor
         advice = f"take {below} or {above}" if below else f"take {above}"
         yield f"{of} must be divisible by {by}: {advice}"
 
 
-def unknown_key(path: str, key: str, names: list[str], owner: str) -> str:
-    """Return the problem of a key that nothing reads, with the key that was probably meant, or all there are."""
+def unknown_key(path: str, key: str, names: list[str], fault: str) -> str:
+    """Return the problem of an unknown key: the closest of `names`, or all of them.
+
+    fault: such as "unknown key in [train]".
+    """
     near = nearest(key, names)
     parent = path.removesuffix(key)
-    return f"{path} is no key {owner}; " + (f"did you mean {parent}{near}?" if near else f"keys: {', '.join(names)}")
+    return f"{path}: {fault}; " + (f"did you mean {parent}{near}?" if near else f"known keys: {', '.join(names)}")
 
 
 def world(settings: Settings) -> Iterator[str]:
@@ -104,7 +106,7 @@ def max_rows(settings: Settings) -> Iterator[str]:
 
 
 def batch(settings: Settings) -> Iterator[str]:
-    """The global batch splits evenly over ranks; before their number is known, over those of one expert group."""
+    """The global batch must split evenly over the ranks, or over one expert group if their number is unknown."""
     total, micro = settings("train.global_batch"), settings("train.micro_batch")
     if settings.world_size is not None:
         ranks, label = settings.world_size, f"the number of ranks ({settings.world_size})"
@@ -133,7 +135,7 @@ def deepspeed_keys(settings: Settings) -> Iterator[str]:
         if key in DERIVED_KEYS:
             yield f"{path} ({shown(value)}) is derived: remove it and set {DERIVED_KEYS[key]}"
         elif key not in DEEPSPEED_KEYS:
-            yield unknown_key(path, key, sorted(DEEPSPEED_KEYS), "of DeepSpeed")
+            yield unknown_key(path, key, sorted(DEEPSPEED_KEYS), "unknown key of DeepSpeed")
         elif not is_kind(value, DEEPSPEED_KEYS[key]):
             yield f"{path} ({shown(value)}) must be {KINDS[DEEPSPEED_KEYS[key]]}"
 
@@ -143,7 +145,7 @@ def deepspeed_zero(settings: Settings) -> Iterator[str]:
     for key, value in zero.items() if isinstance(zero, dict) else ():
         path = f"deepspeed.zero_optimization.{key}"
         if key not in ZERO_KEYS:
-            yield unknown_key(path, key, sorted(ZERO_KEYS), "of DeepSpeed's zero_optimization")
+            yield unknown_key(path, key, sorted(ZERO_KEYS), "unknown key of DeepSpeed")
         elif key == "stage" and value == 3 and is_kind(value, "int"):
             yield (
                 f"{path} (3) must be 0, 1 or 2: ZeRO-3 partitions expert parameters that expert parallelism already "
@@ -158,7 +160,7 @@ def deepspeed_zero(settings: Settings) -> Iterator[str]:
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether DeepSpeed takes the value for a size: it allows 5e8 too."""
+    """Return whether DeepSpeed accepts the value as a size; 5e8 is one."""
     return (is_kind(value, "int") or (is_kind(value, "float") and value.is_integer())) and value >= 0
 
 

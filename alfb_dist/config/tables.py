@@ -1,13 +1,12 @@
-"""The configuration of a run: pydantic tables and the rules that hold them together.
+"""The settings of a run: pydantic tables, checked together by the rules.
 
-Imports only pydantic and the standard library, so that a refusal takes a fraction of a second.
+Imports only pydantic and the standard library, so that mistakes are reported in a fraction of a second.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,9 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from alfb_dist.config.model_rules import MODEL_RULES
 from alfb_dist.config.rules import TABLE_RULES, Settings, problems
-from alfb_dist.config.text import ConfigError, to_toml, to_value
-
-__all__ = ["Config", "ConfigError", "config_to_toml", "describe_fields"]
+from alfb_dist.config.text import refuse, to_toml, to_value
 
 RULES = (*MODEL_RULES, *TABLE_RULES)
 
@@ -32,53 +29,55 @@ MODES = ("train", "freeze", "recentre")
 
 
 def _bias_mode(value: Any) -> str | tuple[str, ...]:
-    """A mode for all layers, or a list of one for each. Named like a wrong choice, so that the nearest one is told."""
+    """Return a mode for all layers, or a tuple with one for each."""
     if isinstance(value, str) and value in ("auto", *MODES):
         return value
     if isinstance(value, list | tuple) and value and all(mode in MODES for mode in value):
         return tuple(value)
-    raise PydanticCustomError(
+    raise PydanticCustomError(  # like a Literal's, for which `load_config` suggests the closest choice
         "literal_error",
-        "Input should be 'auto', 'train', 'freeze', 'recentre' or a list of the last three",
+        "Input should be 'auto', 'train', 'freeze' or 'recentre', or a list of the latter three",
     )
 
 
 class Table(BaseModel):
+    """Settings that cannot be changed; unknown keys and values of another type are errors."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Table):
-    """Where a run is kept, and how its processes start."""
+    """The name of a run, its directory, and how its processes start."""
 
     name: str = Field(
         default="run",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
-        description="name of the run and its folder",
+        description="name of the run and of its directory",
     )
-    folder: Name = Field(default="runs", description="folder that holds the run folders")
+    folder: Name = Field(default="runs", description="directory of all runs")
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="seed of weights, of the order of samples and of everything else"
+        default=0, ge=0, lt=2**32, description="seed of the weights, the sample order and all other random numbers"
     )
     resume: bool = Field(
-        default=False, description="go on from the newest good checkpoint of the run; else a new run folder"
+        default=False, description="continue the run from its newest undamaged checkpoint, if there is one"
     )
     interface: str = Field(
-        default="", description="network interface between hosts; empty: the one that leads to the first rank's host"
+        default="", description="network interface between hosts; empty: the one with a route to the host of rank 0"
     )
-    timeout_seconds: float = Field(default=600.0, gt=0, le=604_800, description="longest wait of every collective")
+    timeout_seconds: float = Field(default=600.0, gt=0, le=604_800, description="time limit of each collective")
 
 
 class ModelConfig(Table):
-    """The model: a transformers family with its configuration, or a folder with a pretrained one."""
+    """The model: a transformers family and its configuration, or a pretrained model."""
 
     family: Name = Field(
-        default="deepseek_v3", description="transformers model_type; with `path` that of the folder counts"
+        default="deepseek_v3", description="transformers model_type; with `path`, that of its config.json"
     )
     config: dict[str, JsonValue] = Field(
         default_factory=dict, description='arguments of the transformers configuration class; "null" for None'
     )
-    path: str = Field(default="", description="folder of a pretrained transformers model, instead of `config`")
+    path: str = Field(default="", description="directory of a pretrained transformers model, instead of `config`")
     attention: Literal["sdpa", "eager"] = Field(default="sdpa", description="attention implementation of transformers")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and activations")
 
@@ -87,32 +86,32 @@ class ParallelConfig(Table):
     """How ranks share the model."""
 
     ep_degree: int = Field(
-        default=1, ge=1, description="ranks that share the experts of a layer; divides ranks and experts"
+        default=1, ge=1, description="ranks that share the experts of a layer; must divide ranks and experts"
     )
     expert_placement: Literal["prefer-node", "node", "any"] = Field(
         default="prefer-node",
-        description='experts of a group that fit on one host but are not: told, refused ("node"), or not looked at',
+        description="warn of (prefer-node), refuse (node) or accept (any) groups that span hosts but fit on one",
     )
     max_rows: int = Field(
         default=0,
         ge=0,
-        description="rows that a rank's experts hold at once, more being computed in pieces, twice; 0: all at once",
+        description="rows that a rank's experts hold at once; more are computed in chunks, with recompute; 0: no limit",
     )
 
 
 class BalanceConfig(Table):
-    """How the routing bias follows the load (arXiv:2408.15664), and the losses to compare with."""
+    """How the routing bias follows the load (arXiv:2408.15664), and auxiliary losses to compare with."""
 
     rule: Literal["sign", "proportional", "rms"] = Field(default="sign", description="update rule of the bias")
     rate: float = Field(default=0.001, ge=0, le=1, description="score units per optimizer step; 0 freezes the bias")
-    centered: bool = Field(default=False, description="take the mean out of every update")
+    centered: bool = Field(default=False, description="subtract the mean from every update")
     mode: Annotated[str | tuple[str, ...], PlainValidator(_bias_mode)] = Field(
         default="auto",
-        description="what happens to the biases, in all layers of experts or, by a list, in each; recentre: the mean "
-        'is taken out once; "auto": freeze with model.path',
+        description="treatment of the biases, one for all MoE layers or a list with one for each; recentre: train "
+        "after subtracting the mean once; auto: freeze with model.path, else train",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps in which the rate rises linearly from 0")
-    zero_at_step: int | None = Field(default=None, ge=1, description="step from which on the rate is 0")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the rate rises linearly from 0")
+    zero_at_step: int | None = Field(default=None, ge=1, description="step from which the rate is 0")
     sequence_loss_alpha: float = Field(
         default=0.0, ge=0, le=1, description="weight of DeepSeek-V3's sequence-wise loss"
     )
@@ -120,49 +119,49 @@ class BalanceConfig(Table):
 
 
 class OptimizerConfig(Table):
-    """AdamW and the schedule of its learning rate."""
+    """AdamW and its learning-rate schedule."""
 
     lr: float = Field(gt=0, le=10, description="peak learning rate")
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
-        default=(0.9, 0.95), description="decay of both moments"
+        default=(0.9, 0.95), description="decay rates of the two moments"
     )
     eps: float = Field(default=1e-8, gt=0, le=1, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.1, ge=0, le=10, description="decoupled weight decay")
-    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for no limit")
-    warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises linearly")
-    schedule: Literal["constant", "cosine"] = Field(
-        default="cosine", description="course of the learning rate after that"
-    )
+    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly from 0")
+    schedule: Literal["constant", "cosine"] = Field(default="cosine", description="learning rate after the warm-up")
     min_lr_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="last learning rate as a part of the peak (cosine)"
+        default=0.1, ge=0, le=1, description="final learning rate as a fraction of the peak (cosine)"
     )
 
 
 class DataConfig(Table):
-    """The text, its tokens and the sequences cut from it."""
+    """The text, its tokenizer and the sequences cut from it."""
 
     source: Names = Field(
-        min_length=1, description='folders, text files or token files; "python-stdlib": Python\'s own sources'
+        min_length=1, description='directories, text files or token files; "python-stdlib": Python\'s own sources'
     )
     tokenizer: Name = Field(
-        default="bytes", description='"bytes", a tokenizer.json, or a transformers tokenizer folder'
+        default="bytes", description='"bytes", a tokenizer.json, or the directory of a transformers tokenizer'
     )
     end_token: str = Field(
-        default="", description="the tokenizer's end-of-document token, where it is not one of the usual ones"
+        default="", description="the tokenizer's end-of-document token, if it is not one of the usual ones"
     )
-    sequence_length: int = Field(ge=2, le=2**24, description="tokens a sequence")
+    sequence_length: int = Field(ge=2, le=2**24, description="tokens per sequence")
     layout: Literal["packed", "padded"] = Field(
-        default="packed", description="documents joined, or one padded one a sequence"
+        default="packed", description="sequences of joined documents, or of one padded document each"
     )
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="part of the files kept for validation")
+    validation_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="fraction of the files kept for validation"
+    )
     validation_source: Names = Field(default=(), description="validation text; empty: split off `source`")
-    cache: Name = Field(default="data-cache", description="folder of prepared token files")
+    cache: Name = Field(default="data-cache", description="directory of the prepared token files")
 
 
 class TrainConfig(Table):
     """Steps, batches, evaluations and checkpoints."""
 
-    steps: int = Field(ge=1, description="optimizer steps of the run")
+    steps: int = Field(ge=1, description="number of optimizer steps")
     global_batch: int = Field(ge=1, description="sequences per optimizer step over all ranks")
     micro_batch: int = Field(ge=1, description="sequences per rank and forward pass")
     activation_checkpointing: Literal["none", "reentrant", "non-reentrant"] = Field(
@@ -171,20 +170,20 @@ class TrainConfig(Table):
     eval_interval: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_sequences: int = Field(default=64, ge=1, description="sequences of one evaluation over all ranks")
     checkpoint_interval: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
-    max_skipped_steps: int = Field(default=20, ge=1, description="skipped steps in a row that end the run")
+    keep_checkpoints: int = Field(default=2, ge=1, description="number of newest checkpoints to keep")
+    max_skipped_steps: int = Field(default=20, ge=1, description="number of skipped steps in a row that ends the run")
 
 
 class ReportConfig(Table):
-    """What a run tells, where and how often."""
+    """What a run reports, where and how often."""
 
     log_interval: int = Field(default=1, ge=1, description="steps between lines of metrics")
-    progress: bool = Field(default=True, description="a progress bar on the console")
+    progress: bool = Field(default=True, description="show a progress bar on the console")
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         default="auto", description='"auto": online if an account is configured, else offline'
     )
     wandb_project: Name = Field(default="alfb_dist", max_length=128, description="project on Weights & Biases")
-    html: bool = Field(default=True, description="write report.html at the end")
+    html: bool = Field(default=True, description="write report.html at the end of the run")
 
 
 TABLES: dict[str, type[Table]] = {
@@ -200,7 +199,7 @@ TABLES: dict[str, type[Table]] = {
 
 
 class Config(Table):
-    """A whole run. Settings that contradict each other are refused together with those that are wrong alone."""
+    """All settings of a run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -211,28 +210,28 @@ class Config(Table):
     train: TrainConfig
     report: ReportConfig = ReportConfig()
     deepspeed: dict[str, JsonValue] = Field(
-        default_factory=dict, description="handed to DeepSpeed as it is, apart from what the other tables decide"
+        default_factory=dict,
+        description="passed to DeepSpeed unchanged; keys that follow from other tables are not allowed",
     )
 
     @model_validator(mode="after")
     def _holds_together(self) -> Config:
-        if found := problems(Settings(self.model_dump()), RULES):
-            raise ConfigError(*found)
+        refuse(problems(Settings(self.model_dump()), RULES))
         return self
 
     def gradient_accumulation(self, world_size: int) -> int:
-        """Return the micro-batches per optimizer step and rank. Raises ConfigError if the batch does not split."""
+        """Return the micro-batches per optimizer step and rank. Raises ConfigError if they do not divide the batch."""
         refuse(problems(Settings(self.model_dump(), world_size=world_size), RULES))
         return self.train.global_batch // (self.train.micro_batch * world_size)
 
     def hash(self) -> str:
-        """Return 16 hexadecimal digits that stay the same as long as every setting but `run.resume` does."""
+        """Return 16 hexadecimal digits that depend on every setting but `run.resume`."""
         text = json.dumps(self.model_dump(mode="json", exclude={"run": {"resume"}}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def config_to_toml(config: Config) -> str:
-    """Return the configuration with every default written out, as TOML that `load_config` reads back equal."""
+    """Return the configuration, defaults included, as TOML that `load_config` reads back equal."""
     return to_toml(config.model_dump())
 
 
@@ -266,8 +265,3 @@ def _bounds(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >=", "max_length": "length <="}
     bounds = [(signs[name], getattr(rule, name)) for rule in field.metadata for name in signs if hasattr(rule, name)]
     return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
-
-
-def refuse(found: Sequence[str]) -> None:
-    if found:
-        raise ConfigError(*found)

@@ -1,6 +1,6 @@
-"""Configuration as text: read a TOML file, apply `--set a.b=c`, write a configuration back as TOML.
+"""Configuration as text: read a TOML file, apply `--set a.b=c`, write a configuration as TOML.
 
-TOML has no null, so the string "null" stands for "no value": it becomes None when read and is written back as "null".
+TOML has no null, so the string "null" stands for it: it is read as None, and None is written as "null".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NULL = "null"
 
 
 class ConfigError(ValueError):
-    """A configuration that a user has to change; `problems` holds one line each, and so does the message."""
+    """An invalid configuration. `problems` has one line for each mistake; the message is these lines."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__(*problems)
@@ -28,20 +28,29 @@ class ConfigError(ValueError):
         return "\n".join(self.problems)
 
 
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ConfigError with these lines, if there are any."""
+    if problems:
+        raise ConfigError(*problems)
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that `name` most likely meant, or None."""
+    """Return the closest match to `name` in `names`, or None."""
     matches = difflib.get_close_matches(name, list(names), n=1)
     return matches[0] if matches else None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file. Raises ConfigError naming the file, and the line where it is at fault."""
+    """Return the tables of a TOML file.
+
+    Raises ConfigError with the path, and the line of a syntax error, if the file cannot be read.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         near = nearest(path.name, (p.name for p in path.parent.glob("*.toml")))
         hint = f"; did you mean {path.parent / near}?" if near else ""
-        raise ConfigError(f"{path}: there is no such file{hint}") from None
+        raise ConfigError(f"{path}: no such file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -55,21 +64,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         place = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
         if place:
             raise ConfigError(f"{path}, line {place[2]}, column {place[3]}: {place[1]}") from None
-        # tomllib names no line where the text simply ends too early.
+        # At the end of the file tomllib gives no line number.
         raise ConfigError(f"{path}, line {text.count(chr(10)) + 1}: {error}") from None
 
 
 def apply_overrides(tables: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set each `a.b=value` in `tables`, making tables on the way; returns one problem per malformed override.
+    """Set each `a.b=value` in `tables`, creating tables as needed; return one problem per malformed override.
 
-    A value is read as TOML, and as a bare string where it is none. Whether a key exists is for validation to say.
+    A value that is not valid TOML is taken as a string. Whether a key is known is checked later.
     """
     problems = []
     for override in overrides:
         path, equals, text = override.partition("=")
         *parents, key = (part.strip() for part in path.split("."))
         if not equals or not key or not all(parents):
-            problems.append(f"--set {override}: must have the form table.key=value")
+            problems.append(f"--set {override}: expected table.key=value")
             continue
         table = tables
         for parent in parents:
@@ -109,7 +118,7 @@ def to_value(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as TOML, cut to what fits into a line of a message."""
+    """Return a value as TOML, shortened to fit in an error message."""
     text = to_value(value)
     return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
 
@@ -119,7 +128,7 @@ def _read_value(text: str) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {}
-    # A text of several lines could smuggle in further keys: then it is no single value, so it is a string.
+    # Text of several lines can define further keys; it is then a string, not a value.
     return _read_nulls(parsed["value"] if list(parsed) == ["value"] else text)
 
 

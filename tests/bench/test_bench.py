@@ -36,8 +36,8 @@ TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
         (["--ranks", "3"], "experts (32) must be divisible by ranks (3)"),
         (["--routing", "hot_rank", "--experts", "6"], "experts (6) must be at least 8"),
         (["--seconds", "0"], "--seconds must be more than 0"),
-        (["--values", "4"], "--values are those of --scaling"),
-        (["--scaling", "topk", "--values", "4,x"], "--values must be numbers"),
+        (["--values", "4"], "--values needs --scaling"),
+        (["--scaling", "topk", "--values", "4,x"], "--values must be comma-separated integers"),
         (["--scaling", "topk", "--values", "4,64"], "topk (64) must not be more than experts (32)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The `alfb` command: what it prints, its exit codes, and that refusals come before anything starts."""
+"""The `alfb` command: output, exit codes, and errors before anything starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alfb_dist.cli import main
-from alfb_dist.cli.parser import launched_world
+from alfb_dist.distributed.rendezvous import launched_world
 
 ROOT = Path(__file__).parents[2]
 TEST_CONFIG = str(ROOT / "configs" / "test.toml")
@@ -47,7 +47,7 @@ def test_dry_run_starts_nothing_and_shows_the_sizes(capsys: pytest.CaptureFixtur
         ([], "the number of ranks (1) must be divisible by parallel.ep_degree (2)"),
     ],
 )
-def test_a_bad_configuration_exits_with_78_and_says_why(
+def test_an_invalid_configuration_exits_with_78_and_the_reason(
     settings: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["train", TEST_CONFIG, *[w for s in settings for w in ("--set", s)]]) == 78
@@ -55,7 +55,7 @@ def test_a_bad_configuration_exits_with_78_and_says_why(
     assert not list(tmp_path.iterdir())
 
 
-def test_only_rank_0_tells(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_prints_the_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launched_world() == (1, 2)
@@ -63,12 +63,12 @@ def test_only_rank_0_tells(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert capsys.readouterr().err == ""
 
 
-def test_no_configuration_is_a_bad_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_configuration_exits_with_78(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 78
     assert "no configuration given" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_run_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_directory_that_is_not_a_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["report", str(tmp_path)]) == 78
     assert str(tmp_path) in capsys.readouterr().err
 
@@ -79,17 +79,17 @@ def test_text_becomes_token_files(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert main(["data", "prepare", str(tmp_path), "--cache", "cache"]) == 0
     shown = capsys.readouterr().out
     assert "train.tokens" in shown
-    assert "left out: 0 empty" in shown
+    assert "skipped: 0 empty" in shown
     assert main(["data", "prepare", "missing", "--cache", "cache"]) == 78
     assert "missing" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_checkpoint_does_not_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_directory_that_is_not_a_checkpoint_does_not_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     assert "manifest.json" in capsys.readouterr().out
 
 
-def test_the_launchers_entry_point_takes_their_arguments() -> None:
+def test_entry_point_accepts_the_arguments_of_launchers() -> None:
     entry = [sys.executable, str(ROOT / "launch" / "train.py")]
     command = [*entry, "--local_rank=0", "--config", TEST_CONFIG, "--print-config"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""doctor's verdicts on a machine: each judgement on facts that are well, doubtful, wrong or absent."""
+"""The verdicts of doctor on facts about a machine."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ JUDGEMENTS: list[Row] = [
     (judge_accelerator, (Device("cpu", "13.0", None, ()),), "ok", "CPU"),
     (judge_accelerator, (Device("xpu", None, None, ()),), "problem", "cpu or cuda"),
     (judge_accelerator, (Device("cpu", "13.0", "580.1", GPU),), "warning", "leaves 8 x H100 unused"),
-    (judge_accelerator, (Device("cuda", None, None, ()),), "problem", "build for CPU"),
-    (judge_accelerator, (Device(None, None, "580.1", ()),), "warning", "build for CPU"),
+    (judge_accelerator, (Device("cuda", None, None, ()),), "problem", "built for CPU"),
+    (judge_accelerator, (Device(None, None, "580.1", ()),), "warning", "built for CPU"),
     (judge_accelerator, (Device(None, "13.0", "470.2", ()),), "problem", "cannot use NVIDIA driver 470.2"),
     (judge_accelerator, (Device("cuda", "13.0", None, ()),), "problem", "no NVIDIA driver"),
     (judge_accelerator, (Device(None, "13.0", None, ()),), "warning", "there is no driver"),
@@ -90,7 +90,7 @@ JUDGEMENTS: list[Row] = [
     (judge_disk, ("runs", Path("runs"), True, 9 * GIB, 0), "ok", "9.0 GiB free"),
     (judge_disk, ("runs", Path("runs"), True, 2 * GIB, 3 * GIB), "problem", "3.0 GiB needed"),
     (judge_disk, ("data", Path("data"), True, GIB // 2, 0), "warning", "512.0 MiB free"),
-    (judge_disk, ("runs", Path("runs"), False, 9 * GIB, 0), "problem", "cannot be written"),
+    (judge_disk, ("runs", Path("runs"), False, 9 * GIB, 0), "problem", "not writable"),
     (judge_clock, (1e9, 1e9 - 5, True), "ok", "2001-09-0"),
     (judge_clock, (1e9, 1e9 + 3600, True), "warning", "3600 s before the newest file"),
     (judge_clock, (1e9, 1e9 - 5, False), "warning", "jumped"),
@@ -100,15 +100,15 @@ JUDGEMENTS: list[Row] = [
     (judge_wandb, ("online", "online", False), "warning", "wandb login"),
     (judge_wandb, ("disabled", "disabled", True), "not applicable", "disabled"),
     (judge_exchange, ("gloo", MEASURED), "ok", "1.0 GiB/s each way, 100 us"),
-    (judge_exchange, ("gloo", MEASURED | {"exact": False}), "problem", "otherwise than they were sent"),
-    (judge_exchange, ("gloo", "no end within 120 s"), "problem", "no end within 120 s"),
+    (judge_exchange, ("gloo", MEASURED | {"exact": False}), "problem", "arrived changed"),
+    (judge_exchange, ("gloo", "not finished within 120 s"), "problem", "not finished within 120 s"),
     (lambda: kernel_facts(), (), "ok", "to 1e-07"),
     (lambda: kernel_facts(cuda=True), (), "not applicable", "on CPU only"),
     (lambda: kernel_facts(off=True), (), "warning", "unset ALFB_NATIVE"),
     (lambda: kernel_facts(compiler=None), (), "warning", "no C compiler"),
-    (lambda: kernel_facts(loaded=False), (), "warning", "does not make them"),
-    (lambda: kernel_facts(difference=0.01), (), "problem", "off by 0.01"),
-    (lambda: kernel_facts(difference=float("nan")), (), "problem", "off by nan"),
+    (lambda: kernel_facts(loaded=False), (), "warning", "cannot compile them"),
+    (lambda: kernel_facts(difference=0.01), (), "problem", "by 0.01 of"),
+    (lambda: kernel_facts(difference=float("nan")), (), "problem", "by nan of"),
 ]
 
 
@@ -130,7 +130,7 @@ def fails(case: Case) -> Iterator[Result]:
 
 
 def works(case: Case) -> Iterator[Result]:
-    yield problem("last", "", "mend")
+    yield problem("last", "", "fix")
 
 
 def test_a_check_that_hangs_or_fails_is_a_problem_and_the_others_go_on() -> None:

@@ -1,4 +1,4 @@
-"""`alfb doctor` as it is called: on a machine where all is well, and on one where much is wrong."""
+"""The command `alfb doctor`, on a healthy machine and on one with many problems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from alfb_dist.cli import main
-from alfb_dist.cli.doctor.examine import Case, Result
+from alfb_dist.cli.doctor.case import Case
+from alfb_dist.cli.doctor.result import Result
 
 TEST_CONFIG = str(Path(__file__).parents[2] / "configs" / "test.toml")
 BIN = Path(sys.executable).parent
@@ -43,6 +44,7 @@ def test_where_all_is_well_the_exit_code_is_0(tmp_path: Path) -> None:
         port = str(server.getsockname()[1])
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     code, found = doctor(TEST_CONFIG, folder=tmp_path, MASTER_PORT=port)
+    assert {key for result in found.values() for key in result} == {"check", "verdict", "found", "fix"}
     problems = [result for result in found.values() if result["verdict"] == "problem"]
     assert (code, problems) == (0, [])
     for check in ("python", "packages", "accelerator", "launcher deepspeed", "master port", "interface", "clock"):
@@ -54,7 +56,7 @@ def test_where_all_is_well_the_exit_code_is_0(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts"]  # nothing is left behind
 
 
-def test_what_is_wrong_is_told_with_its_mend_and_exit_code_1(tmp_path: Path) -> None:
+def test_what_is_wrong_is_reported_with_its_fix_and_exit_code_1(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as server:
         code, found = doctor(
             TEST_CONFIG,
@@ -81,10 +83,10 @@ def test_what_is_wrong_is_told_with_its_mend_and_exit_code_1(tmp_path: Path) -> 
         assert verdicts[check] == "warning", found
     assert "none0" in found["GLOO_SOCKET_IFNAME"]["found"]
     assert found["exchange over gloo"]["found"].startswith("process ")
-    assert all(result["mend"] for result in found.values() if result["verdict"] in ("warning", "problem"))
+    assert all(result["fix"] for result in found.values() if result["verdict"] in ("warning", "problem"))
 
 
-def test_the_table_has_a_line_for_each_result_and_its_mend(
+def test_the_table_has_a_line_for_each_result_and_its_fix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [Result("a check", "ok", "fine"), Result("another", "warning", "[odd]", "do that")]
@@ -100,7 +102,7 @@ def test_the_table_has_a_line_for_each_result_and_its_mend(
     assert asked[0].config is not None and asked[0].config.run.name == "x"
     for words in ("a check", "ok", "fine", "another", "warning", "[odd]", "-> do that", "0 problems, 1 warnings"):
         assert words in shown
-    results.append(Result("third", "problem", "broken", "mend it"))
+    results.append(Result("third", "problem", "broken", "fix it"))
     assert main(["doctor"]) == 1
     assert "1 problems" in capsys.readouterr().out
 
@@ -118,7 +120,7 @@ def test_a_hostfile_gives_hosts_and_ranks(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert main(["doctor", "--hostfile", str(file)]) == 0
     assert (cases[0].hosts, cases[0].world_size, cases[0].local_ranks) == ({"a": 2, "b": 4}, 6, 4)
     main(["doctor", TEST_CONFIG, "--hostfile", str(file)])
-    assert "the number of ranks (6)" in " ".join(cases[1].refused)
+    assert "the number of ranks (6)" in " ".join(cases[1].config_problems)
     file.write_text("a slots\n")
     main(["doctor", "--hostfile", str(file)])
-    assert not cases[2].hosts and cases[2].bad_hostfile
+    assert not cases[2].hosts and cases[2].hostfile_error

@@ -1,4 +1,4 @@
-"""doctor on hosts, launchers and network: who is reached, with which packages and clock, and over which interface."""
+"""doctor on hosts, launchers and network."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_hosts_are_asked_over_ssh_all_at_once(path: Path) -> None:
 
 def test_without_a_hostfile_no_host_is_asked_and_a_bad_one_is_a_problem() -> None:
     assert verdicts(hosts.check_hosts(Case())) == {"hosts": "not applicable"}
-    assert verdicts(hosts.check_hosts(Case(bad_hostfile="line 2"))) == {"hostfile": "problem"}
+    assert verdicts(hosts.check_hosts(Case(hostfile_error="line 2"))) == {"hostfile": "problem"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How doctor finds the facts of a machine: packages, kernels, exchange, memory and disk."""
+"""How doctor gathers the facts about a machine: packages, kernels, exchange, memory and disk."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_missing_compiler_and_switch_are_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     (none,) = kernels.check_kernels(Case())
-    assert "ALFB_NATIVE" in off.mend and "no C compiler" in none.found
+    assert "ALFB_NATIVE" in off.fix and "no C compiler" in none.found
 
 
 def rank(program: str) -> list[str]:
@@ -98,7 +98,7 @@ def test_a_process_of_the_exchange_that_fails_is_named_with_its_last_words() -> 
 
 def test_an_exchange_that_does_not_end_is_given_up_and_leaves_no_process(tmp_path: Path) -> None:
     program = f"open(os.path.join({str(tmp_path)!r}, rank), 'w').write(str(os.getpid()))\ntime.sleep(60)"
-    assert exchange.measure({}, rank=rank(program), limit=3) == "no end within 3 s"
+    assert exchange.measure({}, rank=rank(program), limit=3) == "not finished within 3 s"
     for file in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)

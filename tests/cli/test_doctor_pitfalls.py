@@ -1,4 +1,4 @@
-"""doctor on a configuration: what it allows and seldom means."""
+"""doctor on a configuration: settings that are valid but seldom meant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alfb_dist.config import ConfigError, load_config
 
 JUDGEMENTS: list[Row] = [
     (pitfalls.judge_rate, ("sign", 0.001, "sigmoid", 64), "ok", "sigmoid"),
-    (pitfalls.judge_rate, ("sign", 0.001, None, 64), "ok", "of the family's own"),
+    (pitfalls.judge_rate, ("sign", 0.001, None, 64), "ok", "of the family's own rule"),
     (pitfalls.judge_rate, ("sign", 0.001, "softmax", 64), "warning", "balance.rate = 3e-05"),
     (pitfalls.judge_rate, ("sign", 3e-5, "softmax", 64), "ok", "average 0.016"),
     (pitfalls.judge_rate, ("proportional", 0.001, "softmax", 64), "ok", "softmax"),
@@ -36,7 +36,7 @@ JUDGEMENTS: list[Row] = [
     (pitfalls.judge_losses, (0.001, 1e-4, 0.0), "ok", "sequence_loss_alpha 0.0001"),
     (pitfalls.judge_losses, (0.0, 0.0, 0.001), "ok", "instead of the bias"),
     (pitfalls.judge_losses, (0.001, 0.0, 0.001), "warning", "batch_loss_alpha = 0"),
-    (pitfalls.judge_losses, (0.001, 0.1, 0.0), "warning", "DeepSeek-V3 takes 0.0001"),
+    (pitfalls.judge_losses, (0.001, 0.1, 0.0), "warning", "DeepSeek-V3 uses 0.0001"),
     (pitfalls.judge_accumulation, (True, 1, 4), "ok", "4 micro-batches"),
     (pitfalls.judge_accumulation, (True, 2, 1), "ok", "ZeRO-2"),
     (pitfalls.judge_accumulation, (True, 2, 4), "warning", "after each of 4"),
@@ -49,7 +49,7 @@ JUDGEMENTS: list[Row] = [
     (pitfalls.judge_checkpoints, (500, 10000, 2.0), "ok", "up to 17 min"),
     (pitfalls.judge_checkpoints, (500, 10000, 6.0), "warning", "up to 50 min"),
     (pitfalls.judge_groups, (8, {"a": 8, "b": 8}), "ok", "stay within"),
-    (pitfalls.judge_groups, (8, {"a": 4, "b": 4}), "warning", "over hosts of 4"),
+    (pitfalls.judge_groups, (8, {"a": 4, "b": 4}), "warning", "span hosts of 4 ranks"),
     (pitfalls.judge_groups, (8, {"a": 8}), "not applicable", "one host"),
     (pitfalls.judge_bias_types, ({"b": "float32"},), "ok", "in float32"),
     (pitfalls.judge_bias_types, ({"a": "float32", "b": "bfloat16"},), "warning", "1 of 2 are stored as bfloat16"),
@@ -135,7 +135,7 @@ def test_steps_of_the_last_run_tell_what_a_crash_costs(tmp_path: Path) -> None:
 def test_what_loading_refuses_is_told_line_by_line() -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(TEST_CONFIG, ["train.stepz=3", "parallel.ep_degree=3"])
-    results = list(pitfalls.check_configuration(Case(refused=refused.value.problems)))
+    results = list(pitfalls.check_configuration(Case(config_problems=refused.value.problems)))
     assert [r.verdict for r in results] == ["problem"] * len(refused.value.problems)
     assert any("did you mean train.steps?" in r.found for r in results)
 

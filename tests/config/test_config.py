@@ -154,16 +154,16 @@ def test_override_of_several_lines_sets_one_key() -> None:
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", "train.=3"])
 def test_malformed_override_is_refused(override: str) -> None:
-    assert refusal(override) == f"--set {override}: must have the form table.key=value"
+    assert refusal(override) == f"--set {override}: expected table.key=value"
 
 
 def test_override_of_an_unknown_key_names_the_nearest() -> None:
-    assert refusal("train.stpes=3") == "train.stpes is no key of [train]; did you mean train.steps?"
-    assert refusal("trian.steps=3") == "trian is no key of a configuration; did you mean train?"
-    assert refusal("run.steps=3") == "run.steps is no key; did you mean train.steps?"
+    assert refusal("train.stpes=3") == "train.stpes: unknown key in [train]; did you mean train.steps?"
+    assert refusal("trian.steps=3") == "trian: unknown key; did you mean train?"
+    assert refusal("run.steps=3") == "run.steps: unknown key; did you mean train.steps?"
     assert "did you mean model.config.hidden_size?" in refusal("model.hidden_size=64")
     assert "did you mean balance.warmup_steps or optimizer.warmup_steps?" in refusal("train.warmup_steps=3")
-    assert "report.zzz is no key of [report]; keys: log_interval, progress, wandb, " in refusal("report.zzz=3")
+    assert "report.zzz: unknown key in [report]; known keys: log_interval, progress, wandb, " in refusal("report.zzz=3")
 
 
 def test_override_through_a_value_is_refused() -> None:
@@ -189,8 +189,8 @@ def test_syntax_error_names_file_and_line(tmp_path: Path, text: bytes, place: st
 
 
 def test_missing_file_says_so_and_names_the_nearest(tmp_path: Path) -> None:
-    assert refusal(path=CONFIGS / "dmeo.toml") == f"{CONFIGS}/dmeo.toml: there is no such file; did you mean {DEMO}?"
-    assert refusal(path=tmp_path / "x.toml") == f"{tmp_path}/x.toml: there is no such file"
+    assert refusal(path=CONFIGS / "dmeo.toml") == f"{CONFIGS}/dmeo.toml: no such file; did you mean {DEMO}?"
+    assert refusal(path=tmp_path / "x.toml") == f"{tmp_path}/x.toml: no such file"
     assert refusal(path=tmp_path) == f"{tmp_path}: cannot be read (Is a directory)"
 
 
@@ -199,7 +199,7 @@ def test_pretrained_folder_counts_instead_of_a_config(tmp_path: Path) -> None:
     tables = load_config(DEMO).model_dump()
     tables["model"] |= {"config": {}, "path": str(tmp_path)}
     path = write(tmp_path, to_toml(tables))
-    assert f'model.path ("{tmp_path}") must be a folder with a transformers config.json' in refusal(path=path)
+    assert f'model.path ("{tmp_path}") must be a directory with a transformers config.json' in refusal(path=path)
     (tmp_path / "config.json").write_text(json.dumps(model))
     assert load_config(path).model.path == str(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(model | {"n_routed_experts": 7, "vocab_size": 256}))
@@ -207,7 +207,7 @@ def test_pretrained_folder_counts_instead_of_a_config(tmp_path: Path) -> None:
     assert "config.json of model.path: n_routed_experts (7) must be divisible by parallel.ep_degree (2)" in message
     assert "config.json of model.path: vocab_size (256) must be at least 257" in message
     (tmp_path / "config.json").write_text("[1]")
-    assert "holds no JSON object" in refusal(path=path)
+    assert "must contain a JSON object" in refusal(path=path)
 
 
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_deepspeed_key_that_is_derived_is_refused_with_the_key_that_sets_it(key:
 
 
 def test_deepspeed_misspelling_is_refused_with_the_nearest_key() -> None:
-    expected = "deepspeed.zero_optimisation is no key of DeepSpeed; did you mean deepspeed.zero_optimization?"
+    expected = "deepspeed.zero_optimisation: unknown key of DeepSpeed; did you mean deepspeed.zero_optimization?"
     assert refusal("deepspeed.zero_optimisation.stage=1") == expected
     expected = "did you mean deepspeed.zero_optimization.reduce_bucket_size?"
     assert expected in refusal("deepspeed.zero_optimization.reduce_buckets_size=1")

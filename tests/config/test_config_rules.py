@@ -45,18 +45,18 @@ RELATIONS = [
     (["model.config.topk_group=2"], "model.config.topk_group (2) must be at most model.config.n_group (1)"),
     (
         ["model.config.n_group=8", "model.config.topk_group=1"],
-        "model.config.num_experts_per_tok (4) must be at most model.config.topk_group (1) x 2 experts a group = 2: "
-        "choose at least 2 groups",
+        "model.config.num_experts_per_tok (4) must be at most model.config.topk_group (1) x 2 experts per group = 2: "
+        "select at least 2 groups",
     ),
     (
         ["model.config.n_group=16", "model.config.topk_group=8"],
-        "model.config.n_routed_experts (16) must be at least twice model.config.n_group (16): a group is scored by its "
-        "two best experts; take at most 8 groups",
+        "model.config.n_routed_experts (16) must be at least twice model.config.n_group (16): a group's score is the "
+        "sum of its top two; take at most 8 groups",
     ),
     (
         ["model.config.first_k_dense_replace=4"],
-        "model.config.first_k_dense_replace (4) must be less than model.config.num_hidden_layers (4): without a layer "
-        "of experts there is nothing to balance",
+        "model.config.first_k_dense_replace (4) must be less than model.config.num_hidden_layers (4): without an MoE "
+        "layer there is nothing to balance",
     ),
     (
         ["model.config.num_key_value_heads=3"],
@@ -79,7 +79,7 @@ RELATIONS = [
     (["optimizer.warmup_steps=201"], "optimizer.warmup_steps (201) must be at most train.steps (200)"),
     (
         ["model.config.num_local_experts=16"],
-        "model.config.num_local_experts (16) and model.config.n_routed_experts (16) are one setting: keep one",
+        "model.config.num_local_experts (16) and model.config.n_routed_experts (16) are the same setting: keep one",
     ),
     (
         ["model.config.routed_scaling_factor=1"],
@@ -89,13 +89,13 @@ RELATIONS = [
     (["model.config.dtype=bfloat16"], 'model.config.dtype ("bfloat16") is set by model.dtype: remove it'),
     (
         ["model.family=deepseek_v33"],
-        'model.family ("deepseek_v33") is no model_type of the installed transformers; did you mean "deepseek_v3"?',
+        'model.family ("deepseek_v33") is not a model_type of the installed transformers; did you mean "deepseek_v3"?',
     ),
-    (["model.family=../.."], 'model.family ("../..") is no model_type of the installed transformers; for example'),
-    (["model.family=gpt2"], 'model.family ("gpt2") declares no routed experts; '),
+    (["model.family=../.."], 'model.family ("../..") is not a model_type of the installed transformers; for example'),
+    (["model.family=gpt2"], 'model.family ("gpt2") has no routed experts; '),
     (
         ["model.config={}"],
-        "model.config is missing: give [model.config] to start from random weights, or model.path to go on",
+        "model.config is missing: give it to start from random weights, or model.path for pretrained ones",
     ),
     (["model.path=somewhere"], 'model.path ("somewhere") and model.config (23 keys) are both given'),
 ]
@@ -170,4 +170,4 @@ def test_family_without_a_default_number_of_experts_needs_one(tmp_path: Path) ->
     tables["model"] |= {"family": "dots1", "config": {"vocab_size": 320}}
     message = refusal(path=write(tmp_path, to_toml(tables)))
     assert "model.config.n_routed_experts is missing: give the number of routed experts" in message
-    assert "model.config.num_experts_per_tok is missing: give the number of experts a token" in message
+    assert "model.config.num_experts_per_tok is missing: give the number of experts per token" in message

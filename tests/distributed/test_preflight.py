@@ -41,7 +41,7 @@ def test_facts_hold_versions_and_change_with_any_source_file(tmp_path: Path, mon
     assert same == facts()
     with (copy / "cpu" / "csrc" / "experts.c").open("a") as source:
         source.write("\n")
-    assert {name for name, value in facts().items() if same[name] != value} == {"the files of alfb_dist"}
+    assert {name for name, value in facts().items() if same[name] != value} == {"hash of alfb_dist's files"}
 
 
 # Over ssh, here a script in its place; below, on real hosts.

@@ -182,7 +182,7 @@ def test_modes_by_layer_are_read_and_written(configured: Any, tmp_path: Path, si
 
 def test_modes_by_layer_count_the_layers_of_a_released_model_too(configured: Any) -> None:
     assert balancing_of(configured(True, 'balance.mode=["train", "freeze"]')).mode == ("train", "freeze")
-    with pytest.raises(ConfigError, match=r"balance.mode \(3 modes\) must name one for each of the 2 layers of"):
+    with pytest.raises(ConfigError, match=r"balance.mode \(3 modes\) must have one mode for each of the 2 MoE"):
         configured(True, 'balance.mode=["train", "freeze", "train"]')
 
 
@@ -190,11 +190,11 @@ def test_modes_by_layer_count_the_layers_of_a_released_model_too(configured: Any
     ("mode", "text"),
     [
         ("freze", r'balance.mode \("freze"\) must be .*; did you mean "freeze"\?'),
-        ('["train", "auto"]', r'balance.mode \(\["train", "auto"\]\) must be .* a list of the last three'),
+        ('["train", "auto"]', r'balance.mode \(\["train", "auto"\]\) must be .* a list of the latter three'),
         ("[]", r"balance.mode \(\[\]\) must be"),
         ("3", r"balance.mode \(3\) must be"),
-        ('["train"]', r"balance.mode \(1 modes\) .* each of the 2 layers of experts: .*num_hidden_layers \(4\) less"),
-        ('["train", "train", "freeze"]', r"balance.mode \(3 modes\) .* each of the 2 layers of experts"),
+        ('["train"]', r"balance.mode \(1 modes\) .* each of the 2 MoE layers: .*num_hidden_layers \(4\) minus"),
+        ('["train", "train", "freeze"]', r"balance.mode \(3 modes\) .* each of the 2 MoE layers"),
     ],
 )
 def test_modes_that_are_not_valid_are_refused_before_anything_starts(configured: Any, mode: str, text: str) -> None:

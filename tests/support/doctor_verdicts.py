@@ -17,11 +17,11 @@ Row = tuple[Callable[..., Any], tuple[Any, ...], str, str]
 
 
 def check_row(judge: Callable[..., Result], facts: tuple[Any, ...], verdict: str, words: str) -> None:
-    """The facts get this verdict, with a mend where something is not well."""
+    """The facts get this verdict, with a fix where something is not well."""
     result = judge(*facts)
     assert result.verdict == verdict
-    assert words in result.found or words in result.mend, result
-    assert bool(result.mend) == (verdict in ("warning", "problem"))
+    assert words in result.found or words in result.fix, result
+    assert bool(result.fix) == (verdict in ("warning", "problem"))
 
 
 def verdicts(results: Iterable[Result]) -> dict[str, str]:

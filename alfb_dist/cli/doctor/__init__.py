@@ -1,4 +1,4 @@
-"""`alfb doctor`: is this machine, are the hosts and the configuration fit for a run?"""
+"""`alfb doctor`: check that this machine, the hosts and the configuration are fit for a run."""
 
 from __future__ import annotations
 
@@ -7,33 +7,40 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from alfb_dist.cli.parser import Subcommands
 from alfb_dist.config import ConfigError, load_config
 from alfb_dist.distributed.launch.hostfile import read_hostfile
 from alfb_dist.distributed.launch.signals import DONE
 
 if TYPE_CHECKING:
-    from alfb_dist.cli.doctor.examine import Case, Result
+    from alfb_dist.cli.doctor.case import Case
+    from alfb_dist.cli.doctor.result import Result
 
 FOUND_PROBLEMS = 1
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "not applicable": "dim"}
 
 
-def add(commands: Subcommands) -> None:
-    """The command and its options."""
+def add(commands: Any) -> None:
+    """Add `alfb doctor` to the commands."""
     doctor = commands.add_parser(
         "doctor",
-        help="check machine, hosts and configuration, with the mend for what is not well",
-        description="Check this machine, and the hosts and the configuration of a run if they are given. Exit code 0: "
-        "no problem, though perhaps warnings; 1: a problem that would stop a run or make it silently wrong.",
+        help="check this machine, the hosts and the configuration of a run, and suggest fixes",
+        description="Check this machine and, if given, the hosts and the configuration of a run, and suggest fixes. "
+        "Exit code 0: no problem, but possibly warnings; 1: a problem that would stop a run or make it silently wrong.",
     )
-    doctor.add_argument("config", nargs="?", type=Path, help="a TOML file, such as configs/demo.toml")
+    doctor.add_argument("config", nargs="?", type=Path, help="configuration file, such as configs/demo.toml")
     doctor.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="such as balance.rate=0.001"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, such as balance.rate=0.001; may be repeated",
     )
-    doctor.add_argument("--hostfile", type=Path, help='DeepSpeed\'s hostfile: lines such as "node1 slots=8"')
+    doctor.add_argument(
+        "--hostfile", type=Path, help='hosts and their ranks, one line such as "node1 slots=8" for each'
+    )
     doctor.add_argument("--json", action="store_true", help="print a JSON list of results instead of a table")
     doctor.set_defaults(run=_doctor)
 
@@ -47,22 +54,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _case(arguments: argparse.Namespace) -> Case:
-    from alfb_dist.cli.doctor.examine import Case
+    from alfb_dist.cli.doctor.case import Case
 
     hosts: dict[str, int] = {}
-    refused: tuple[str, ...] = ()
-    bad_hostfile, config = "", None
+    config_problems: tuple[str, ...] = ()
+    hostfile_error, config = "", None
     if arguments.hostfile:
         try:
             hosts = read_hostfile(arguments.hostfile)
         except ConfigError as error:
-            bad_hostfile = str(error)
+            hostfile_error = str(error)
     if arguments.config:
         try:
             config = load_config(arguments.config, arguments.overrides, world_size=sum(hosts.values()) or None)
         except ConfigError as error:
-            refused = error.problems
-    return Case(config, refused, hosts, bad_hostfile)
+            config_problems = error.problems
+    return Case(config, config_problems, hosts, hostfile_error)
 
 
 def _print_json(results: Iterable[Result]) -> list[Result]:
@@ -80,14 +87,14 @@ def _print_table(results: Iterable[Result]) -> list[Result]:
     if not console.is_terminal:
         console = Console(width=120)
     found = []
-    table = Table("check", "verdict", "found, and the mend", box=None, padding=(0, 2, 0, 0))
+    table = Table("check", "verdict", "found, and the fix", box=None, padding=(0, 2, 0, 0))
     with console.status("") as status:
         for result in results:
             found.append(result)
             status.update(result.check)
             text = Text(result.found)
-            if result.mend:
-                text.append(f"\n-> {result.mend}", style="bold")
+            if result.fix:
+                text.append(f"\n-> {result.fix}", style="bold")
             table.add_row(result.check, Text(result.verdict, style=_STYLES[result.verdict]), text)
     console.print(table)
     counts = {verdict: sum(result.verdict == verdict for result in found) for verdict in ("problem", "warning")}

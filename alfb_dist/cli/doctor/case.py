@@ -1,4 +1,4 @@
-"""What doctor is asked about: this machine, and the hosts and the configuration of a run if they are given."""
+"""What doctor checks: this machine and, if given, the hosts and the configuration of a run."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """What is given.
+    """The configuration and the hosts to check.
 
-    refused: what is wrong with a configuration that does not load. hosts: ranks by host, none without a hostfile.
+    config_problems: why a configuration does not load. hosts: number of ranks by host, empty without a hostfile.
+    hostfile_error: why a hostfile cannot be read.
     """
 
     config: Config | None = None
-    refused: tuple[str, ...] = ()
+    config_problems: tuple[str, ...] = ()
     hosts: Mapping[str, int] = field(default_factory=dict)
-    bad_hostfile: str = ""
+    hostfile_error: str = ""
 
     @property
     def world_size(self) -> int:
-        """The ranks of the hosts, or the fewest that the configuration takes."""
+        """The number of ranks on the hosts, or else the smallest that the configuration allows."""
         return sum(self.hosts.values()) or (self.config.parallel.ep_degree if self.config else 1)
 
     @property
     def local_ranks(self) -> int:
-        """The most ranks that one machine has."""
+        """The largest number of ranks on a host."""
         return max(self.hosts.values(), default=self.world_size)
 
     @cached_property
     def estimate(self) -> Estimate | None:
-        """The sizes of the configuration's run, or None without one."""
+        """The sizes of the configured run, or None without a configuration."""
         if self.config is None:
             return None
         from alfb_dist.training.estimate import estimate

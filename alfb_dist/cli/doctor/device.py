@@ -1,4 +1,4 @@
-"""The accelerator: what DeepSpeed is told to use, what torch was built for, what the driver gives."""
+"""The accelerator: DS_ACCELERATOR, torch's build and NVIDIA's driver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class Device:
-    """wanted: DS_ACCELERATOR. built_for: the CUDA of torch's build. driver: NVIDIA's, in the kernel."""
+    """wanted: DS_ACCELERATOR. built_for: CUDA version of torch's build. driver: version of NVIDIA's kernel driver."""
 
     wanted: str | None
     built_for: str | None
@@ -26,7 +26,7 @@ class Device:
 
 
 def judge_accelerator(device: Device) -> Result:
-    """Whether what is wanted, torch's build and the driver go together."""
+    """Judge whether DS_ACCELERATOR, torch's build and the driver fit together."""
     check, wanted, built_for, driver = "accelerator", device.wanted, device.built_for, device.driver
     if wanted not in (None, "cpu", "cuda"):
         return problem(check, f"DS_ACCELERATOR is {wanted}", "set DS_ACCELERATOR to cpu or cuda: only these are tested")
@@ -35,27 +35,29 @@ def judge_accelerator(device: Device) -> Result:
     if device.gpus:
         return ok(check, f"{_count(device.gpus)}, driver {driver or 'unknown'}, torch built for CUDA {built_for}")
     if wanted == "cuda" and built_for is None:
-        return problem(check, "DS_ACCELERATOR=cuda, but torch is a build for CPU", "install torch's build for CUDA")
+        return problem(check, "DS_ACCELERATOR=cuda, but torch is built for CPU", "install torch built for CUDA")
     if driver and built_for is None:
-        found = f"NVIDIA driver {driver}, but torch is a build for CPU"
-        return warning(check, found, "install torch's build for CUDA, or set DS_ACCELERATOR=cpu if CPU is meant")
+        found = f"NVIDIA driver {driver}, but torch is built for CPU"
+        return warning(check, found, "install torch built for CUDA, or set DS_ACCELERATOR=cpu to train on CPU")
     if driver and wanted != "cpu":
         found = f"torch, built for CUDA {built_for}, cannot use NVIDIA driver {driver}"
-        mend = f"install a driver for CUDA {built_for}, or a build of torch for the driver's; see CUDA_VISIBLE_DEVICES"
-        return problem(check, found, mend)
+        fix = f"install a driver for CUDA {built_for}, or torch built for the driver's CUDA; check CUDA_VISIBLE_DEVICES"
+        return problem(check, found, fix)
     if wanted == "cuda":
-        return problem(check, "DS_ACCELERATOR=cuda, but there is no NVIDIA driver", "install it, or DS_ACCELERATOR=cpu")
+        return problem(
+            check, "DS_ACCELERATOR=cuda, but there is no NVIDIA driver", "install one, or set DS_ACCELERATOR=cpu"
+        )
     if built_for and wanted is None:
-        return warning(check, "CPU, although torch was built for CUDA: there is no driver", "set DS_ACCELERATOR=cpu")
-    return ok(check, "CPU" if wanted else "CPU, as there is no other (DS_ACCELERATOR is not set)")
+        return warning(check, "CPU: torch is built for CUDA, but there is no driver", "set DS_ACCELERATOR=cpu")
+    return ok(check, "CPU" if wanted else "CPU, the only device (DS_ACCELERATOR is not set)")
 
 
 def judge_nccl(device: Device) -> Result:
-    """Whether torch brings NCCL for its GPUs."""
+    """Judge whether torch has NCCL for the GPUs."""
     if not device.gpus or device.wanted == "cpu":
-        return not_applicable("nccl", "ranks on CPU talk over gloo")
+        return not_applicable("nccl", "ranks on CPU communicate over gloo")
     if device.nccl is None:
-        return problem("nccl", "torch was built without NCCL", "install a build of torch with NCCL")
+        return problem("nccl", "torch is built without NCCL", "install torch built with NCCL")
     return ok("nccl", device.nccl)
 
 
@@ -64,7 +66,7 @@ def _count(gpus: tuple[str, ...]) -> str:
 
 
 def driver_version(path: Path = DRIVER) -> str | None:
-    """The version of NVIDIA's driver in the kernel, or None."""
+    """Return the version of NVIDIA's kernel driver, or None."""
     try:
         text = path.read_text()
     except OSError:
@@ -74,14 +76,14 @@ def driver_version(path: Path = DRIVER) -> str | None:
 
 
 def uses_cuda() -> bool:
-    """Whether ranks would run on GPUs here."""
+    """Return whether ranks would run on GPUs here."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def find_device() -> Device:
-    """The device of this machine."""
+    """Return the device of this machine."""
     import torch
 
     gpus: tuple[str, ...] = ()
@@ -94,7 +96,7 @@ def find_device() -> Device:
 
 
 def check_accelerator(case: Case) -> Iterator[Result]:
-    """The accelerator and NCCL."""
+    """Check the accelerator and NCCL."""
     device = find_device()
     yield judge_accelerator(device)
     yield judge_nccl(device)

@@ -1,6 +1,6 @@
-"""`alfb doctor`: whether this machine, the hosts and the configuration are fit for a run, and the mend where not.
+"""The checks of `alfb doctor`, one after another.
 
-A check yields results from facts that it gathers; the verdict on the facts is a pure function beside it.
+A check gathers facts and yields results; the verdict on the facts is a pure function in the same file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from alfb_dist.cli.doctor.pitfalls import check_configuration
 from alfb_dist.cli.doctor.result import Result, problem
 from alfb_dist.cli.doctor.tracking import check_wandb
 
-__all__ = ["CHECKS", "Case", "Result", "examine"]
-
 Check = Callable[[Case], Iterator[Result]]
 
 CHECKS: tuple[Check, ...] = (
@@ -41,31 +39,31 @@ CHECKS: tuple[Check, ...] = (
 )
 
 LIMIT_SECONDS = 300.0
-"""After this long a check is given up. Each has shorter limits of its own; a disk that does not answer has none."""
+"""Time limit of a check. Checks have shorter limits of their own, but none for a disk that does not respond."""
 
 
 def examine(case: Case, checks: tuple[Check, ...] = CHECKS, *, limit: float = LIMIT_SECONDS) -> Iterator[Result]:
-    """The results of the checks, as they come. A check that fails or does not end is a problem of its own."""
+    """Yield the results of each check. A check that raises or exceeds the limit becomes a problem."""
     for check in checks:
-        yield from _within(check, case, limit)
+        yield from _run(check, case, limit)
 
 
-def _within(check: Check, case: Case, limit: float) -> list[Result]:
+def _run(check: Check, case: Case, limit: float) -> list[Result]:
     found: list[Result] = []
     name = check.__name__.removeprefix("check_")
 
-    def work() -> None:
+    def run() -> None:
         try:
             for result in check(case):
                 found.append(result)
         except Exception as error:
             text = f"the check failed: {type(error).__name__}: {error}"
-            found.append(problem(name, text, "mend what the message names, or report it"))
+            found.append(problem(name, text, "fix the cause that the message names, or report it"))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit)
     if thread.is_alive():
-        late = problem(name, f"no answer within {limit:.0f} s", "see which disk, host or driver hangs")
-        return [*found, late]
+        timed_out = problem(name, f"no answer within {limit:.0f} s", "find out which disk, host or driver hangs")
+        return [*found, timed_out]
     return found

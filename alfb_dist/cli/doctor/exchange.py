@@ -22,20 +22,20 @@ _RANK = [sys.executable, "-m", "alfb_dist.cli.doctor.exchange_rank"]
 
 
 def judge_exchange(backend: str, measured: dict[str, Any] | str) -> Result:
-    """measured: what the two processes measured, or why they did not."""
+    """Judge an exchange. measured: what the two processes measured, or why they failed."""
     check = f"exchange over {backend}"
     if isinstance(measured, str):
-        mend = "see the interface above; a firewall on loopback, GLOO_SOCKET_IFNAME or NCCL_DEBUG=INFO may tell more"
-        return problem(check, measured, mend)
+        fix = "check the interface above, GLOO_SOCKET_IFNAME and firewalls on loopback; set NCCL_DEBUG=INFO for details"
+        return problem(check, measured, fix)
     speed, latency = human(measured["bytes_per_second"]), measured["latency_seconds"] * 1e6
     found = f"2 processes: {speed}/s each way, {latency:.0f} us for one row"
     if not measured["exact"]:
-        return problem(check, f"rows came otherwise than they were sent; {found}", "test memory and network card")
+        return problem(check, f"rows arrived changed; {found}", "test this machine's memory and network card")
     return ok(check, found)
 
 
 def measure(environment: dict[str, str], *, rank: list[str] = _RANK, limit: float = LIMIT_SECONDS) -> Any:
-    """What rank 0 printed as JSON, or a line that says why there is nothing. No process is left."""
+    """Return what rank 0 printed as JSON, or a line with the reason that it did not. No process is left running."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -58,29 +58,29 @@ def measure(environment: dict[str, str], *, rank: list[str] = _RANK, limit: floa
                 process.kill()
                 process.wait()
         out.seek(0), errors.seek(0)
-        lines, said = out.read().splitlines(), errors.read().strip().splitlines()
+        lines, stderr_lines = out.read().splitlines(), errors.read().strip().splitlines()
     measured = next((json.loads(line) for line in lines if line.startswith("{")), None)
     if failure or measured is None:
-        return f"{failure or 'nothing was measured'}{': ' + said[-1][:200] if said else ''}"
+        return f"{failure or 'nothing was measured'}{': ' + stderr_lines[-1][:200] if stderr_lines else ''}"
     return measured
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> str:
-    """Why the processes have not ended well, or nothing; returns once one has failed."""
+    """Wait until all processes end or one fails; return the failure, or an empty string."""
     deadline = time.monotonic() + limit
     while any(p.poll() is None for p in processes):
         if any(p.poll() for p in processes):
-            time.sleep(1)  # for what the other has to say
+            time.sleep(1)  # for the other's error message
             break
         if time.monotonic() > deadline:
-            return f"no end within {limit:.0f} s"
+            return f"not finished within {limit:.0f} s"
         time.sleep(0.05)
     failed = [f"process {r} ended with {code}" for r, p in enumerate(processes) if (code := p.poll())]
     return ", ".join(failed)
 
 
 def check_exchange(case: Case) -> Iterator[Result]:
-    """Over gloo, and over NCCL where there are two GPUs."""
+    """Measure an exchange over gloo and, with two GPUs, over NCCL."""
     yield judge_exchange("gloo", measure({"DS_ACCELERATOR": "cpu"}))
     gpus = len(find_device().gpus)
     if gpus < 2:

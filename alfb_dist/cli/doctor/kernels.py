@@ -1,4 +1,4 @@
-"""The C compiler, and whether the compiled kernels load and agree with plain torch."""
+"""The C compiler, and whether the compiled kernels agree with plain torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 
 
 def judge_kernels(*, cuda: bool, off: bool, compiler: str | None, loaded: bool, difference: float | None) -> Result:
-    """difference: of the kernels' results from plain torch's, as a part of the largest value; None if not loaded."""
+    """Judge the kernels. difference: from plain torch, as a fraction of the largest value; None if not loaded."""
     check = "compiled kernels"
     if cuda:
-        return not_applicable(check, "for experts on CPU only")
+        return not_applicable(check, "used on CPU only")
     if off:
-        return warning(check, "switched off by ALFB_NATIVE=0; plain torch gives the same, slower", "unset ALFB_NATIVE")
+        return warning(check, "disabled by ALFB_NATIVE=0; plain torch is used, which is slower", "unset ALFB_NATIVE")
     if compiler is None:
         return warning(
-            check, "no C compiler; plain torch gives the same, slower", "apt-get install gcc libc6-dev, or leave it so"
+            check,
+            "no C compiler; plain torch is used, which is slower",
+            "apt-get install gcc libc6-dev, or ignore this",
         )
     if not loaded:
-        mend = "see why with logging at INFO; make ~/.cache writable, install libc6-dev, or set ALFB_NATIVE=0"
-        return warning(check, f"{compiler} does not make them; plain torch gives the same, slower", mend)
+        fix = "make ~/.cache writable, install libc6-dev, or set ALFB_NATIVE=0; logging at INFO shows the reason"
+        return warning(check, f"{compiler} cannot compile them; plain torch is used, which is slower", fix)
     if difference is None or not difference <= TOLERANCE:
-        found = f"{compiler} makes kernels that are off by {difference} of the largest value"
+        found = f"compiled by {compiler}, they differ from plain torch by {difference} of the largest value"
         return problem(check, found, "set ALFB_NATIVE=0, and report the compiler's version")
     return ok(check, f"{compiler}; equal plain torch's results to {difference:.0e}")
 

@@ -1,4 +1,4 @@
-"""The master's port, and the interface over which this host talks to the others."""
+"""The master port, and the network interface to the other hosts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from alfb_dist.distributed.network import INTERFACE_VARIABLES, interface_of, own
 
 
 def judge_port(port: int, error: str) -> Result:
-    """Whether the launchers' usual port can be had. error: why not."""
+    """Judge the launchers' default port. error: why it is not free, or empty."""
     if not error:
         return ok("master port", f"{port} is free")
-    mend = "give another: --master-port, or end what listens there (ss -ltnp)"
-    return warning("master port", f"{port} cannot be had: {error}", mend)
+    fix = "choose another with --master-port, or end the process that listens there (ss -ltnp)"
+    return warning("master port", f"{port} is not free: {error}", fix)
 
 
 def judge_interface(master: str, own: str, name: str | None, several: bool) -> Result:
-    """own: our address toward the master. name: the interface that has it, None if none has. several: hosts."""
+    """Judge the route to the master. own: our address on it. name: its interface, or None. several: hosts."""
     check = "interface"
     if several and own.startswith("127."):
-        found = f"{master} is {own} here, which other hosts cannot reach"
-        return problem(check, found, "give its address in the network: --master-addr, or mend /etc/hosts")
+        found = f"{master} resolves to {own} here, which other hosts cannot reach"
+        return problem(check, found, "set --master-addr to its network address, or fix /etc/hosts")
     if name is None:
-        return problem(check, f"no interface leads to {master}", f"see `ip route get {master}`")
+        return problem(check, f"no interface leads to {master}", f"check `ip route get {master}`")
     return ok(check, f"{name}, {own}, toward {master}")
 
 
 def judge_chosen(variable: str, chosen: str, present: list[str]) -> Result | None:
-    """Whether the interfaces that a variable names are there; None where all is well."""
+    """Judge whether the interfaces that a variable names exist; None if they do."""
     missing = [name for name in chosen.split(",") if name and name not in present]
     if not missing or (variable.startswith("NCCL") and _is_pattern(chosen, present)):
         return None
@@ -44,25 +44,25 @@ def judge_chosen(variable: str, chosen: str, present: list[str]) -> Result | Non
 
 
 def _is_pattern(chosen: str, present: list[str]) -> bool:
-    """Whether NCCL would find an interface: it takes beginnings of names, ^ for all others, = for whole names."""
+    """Return whether NCCL would find an interface: names are prefixes; ^ excludes them, = makes them exact."""
     sign, names = (chosen[0], chosen[1:]) if chosen[:1] in "^=" else ("", chosen)
     matches = [p for p in present for n in names.split(",") if (p == n if sign == "=" else p.startswith(n))]
     return len(set(matches)) < len(present) if sign == "^" else bool(matches)
 
 
 def _master(case: Case) -> str:
-    """Where the ranks would meet."""
+    """Return the address of rank 0."""
     return os.environ.get("MASTER_ADDR") or first_address([address_of(host) for host in case.hosts])
 
 
 def check_network(case: Case) -> Iterator[Result]:
-    """The port and the interface."""
+    """Check the master port, the route to the master and the chosen interfaces."""
     port = int(os.environ.get("MASTER_PORT", MASTER_PORT))
     yield judge_port(port, port_error(port))
     try:
         master = _master(case)
     except ConfigError as error:
-        yield problem("interface", str(error), "put the host into /etc/hosts, DNS or ssh's configuration")
+        yield problem("interface", str(error), "add the host to /etc/hosts, DNS or ssh's configuration")
     else:
         own = own_address(master)
         yield judge_interface(master, own, interface_of(own), len(case.hosts) > 1)

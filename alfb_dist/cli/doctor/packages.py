@@ -1,4 +1,4 @@
-"""Python and the packages, against the bounds that the installed alfb_dist states."""
+"""The versions of Python and of the packages that alfb_dist requires."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PACKAGE = "alfb_dist"
 
 
 def judge_python(version: str, wanted: str) -> Result:
-    """The version of Python against the bounds."""
+    """Judge the version of Python."""
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return ok("python", f"{version} ({wanted})")
-    return problem("python", f"{version} is not {wanted}", f"make the virtual environment with a Python {wanted}")
+    return problem("python", f"{version} is not {wanted}", f"create the virtual environment with Python {wanted}")
 
 
 def judge_package(requirement: Requirement, version: str | None) -> Result:
-    """A package's version against its bounds. One that an extra asks for may be missing."""
+    """Judge the version of a package. One that only an extra requires may be missing."""
     check, install = f"package {requirement.name}", f"pip install '{requirement.name}{requirement.specifier}'"
     optional = requirement.marker is not None
     if version is None:
@@ -42,11 +42,13 @@ def _version(name: str) -> str | None:
 
 
 def check_packages(case: Case) -> Iterator[Result]:
-    """Python; each package that is missing or out of bounds; all the others in one line."""
+    """Check Python and the packages; those that are fine share one result."""
     try:
         about = metadata.metadata(PACKAGE)
     except metadata.PackageNotFoundError:
-        yield problem("packages", f"{PACKAGE} is not installed", f"pip install --editable . in {PACKAGE}'s sources")
+        yield problem(
+            "packages", f"{PACKAGE} is not installed", f"run `pip install --editable .` in the sources of {PACKAGE}"
+        )
         return
     yield judge_python(platform.python_version(), about["Requires-Python"])
     requirements = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]

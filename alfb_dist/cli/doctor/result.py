@@ -1,4 +1,4 @@
-"""What a check found, with its verdict and, where all is not well, the mend."""
+"""The result of a check: a verdict, what was found and, for warnings and problems, the fix."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Verdict = Literal["ok", "warning", "problem", "not applicable"]
 class Result:
     """One line of the report.
 
-    A problem would stop a run or make it silently wrong; a warning would make it slower or poorer than it could be.
+    A problem would stop a run or make it silently wrong; what a warning names would make it slower or worse.
     """
 
     check: str
     verdict: Verdict
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def ok(check: str, found: str) -> Result:
-    """All is well."""
+    """Return a result that needs no fix."""
     return Result(check, "ok", found)
 
 
-def warning(check: str, found: str, mend: str) -> Result:
-    """A run would do with this, but could do better."""
-    return Result(check, "warning", found, mend)
+def warning(check: str, found: str, fix: str) -> Result:
+    """Return a result about something that would make a run slower or worse."""
+    return Result(check, "warning", found, fix)
 
 
-def problem(check: str, found: str, mend: str) -> Result:
-    """A run would fail, or go wrong."""
-    return Result(check, "problem", found, mend)
+def problem(check: str, found: str, fix: str) -> Result:
+    """Return a result about something that would stop a run or make it silently wrong."""
+    return Result(check, "problem", found, fix)
 
 
 def not_applicable(check: str, found: str) -> Result:
-    """There is nothing to check here."""
+    """Return the result of a check that does not apply here."""
     return Result(check, "not applicable", found)
