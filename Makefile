@@ -1,4 +1,4 @@
-# Set-up and the commands that everyone uses. `make help` lists them.
+# Set-up and everyday commands. `make help` lists them.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -9,8 +9,8 @@ export DS_ACCELERATOR ?= cpu
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test faults tutorial-test hosts-test image-test lint format clean
 
-help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,36 +18,36 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(READY)
 
-setup: $(READY)  ## make .venv and install everything into it
+setup: $(READY)  ## create .venv and install everything into it
 
 demo: $(READY)  ## train a tiny DeepSeek-V3 on two expert-parallel ranks (about 3 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level error --num_accelerators 2 launch/train.py --config configs/demo.toml
 
-test: $(READY)  ## the whole CPU test suite
+test: $(READY)  ## run the whole CPU test suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 TIMES ?= 20
-faults: $(READY)  ## the long fault campaigns, about two hours: signals and crashes, each TIMES (20) times
+faults: $(READY)  ## run the long fault campaigns: signals and crashes, TIMES (20) times each (about 2 hours)
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES)
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.signals --times $(TIMES) --by-hand
 	cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/python -m faults.restarts --times $(TIMES)
 
-tutorial-test: $(READY)  ## each launcher and docs/tutorial.md on two hosts out of network namespaces (root; about 4 minutes)
+tutorial-test: $(READY)  ## run each launcher and docs/tutorial.md on two hosts in network namespaces (root; about 4 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "" tests/distributed/test_hosts_launch.py
 
-hosts-test: tutorial-test  ## also openmpi, a bad network and a host cut off (about 8 minutes)
+hosts-test: tutorial-test  ## tutorial-test, then openmpi, a bad network and a disconnected host (about 8 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.hosts.campaign
 
 image-test: $(READY)  ## build the cpu image without a Docker engine and train in it (root, buildah, debootstrap)
 	PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh cpu localhost/alfb_dist:cpu
 	PATH="$(CURDIR)/$(BIN):$$PATH" ALFB_IMAGE=localhost/alfb_dist:cpu $(BIN)/python -m pytest tests/test_images.py
 
-lint: $(READY)  ## ruff check, ruff format --check, mypy
+lint: $(READY)  ## run ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)  ## format and fix what ruff can fix
+format: $(READY)  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

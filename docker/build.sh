@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # Build an image without a Docker engine: `docker/build.sh TARGET [NAME]`, with Debian's buildah, as root.
 #
-# BASE: the image to build on. Without it one is made of Debian (debootstrap), which needs no registry of images; pip in
-# it then has this machine's settings (its certificates, PIP_*), so that it finds what pip finds here.
+# BASE: the image to build on. By default one is made from Debian with debootstrap, without an image registry; it gets
+# this machine's certificates and PIP_* settings, so that pip finds the same packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=$1 name=${2:-alfb_dist:$1}
 export BUILDAH_ISOLATION=chroot
 made=localhost/alfb_dist-base:bookworm
 
-make_base() ( # in a shell of its own: what it removes at the end is the folder that it made
-    base_folder=$(mktemp --directory)
-    trap 'rm -rf "$base_folder"' EXIT
-    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$base_folder"
-    ln --symbolic python3 "$base_folder/usr/bin/python"
-    rm -rf "$base_folder"/var/cache/apt/archives/*.deb "$base_folder"/var/lib/apt/lists/*
-    cp /etc/ssl/certs/ca-certificates.crt "$base_folder/etc/ssl/certs/"
+make_base() ( # in a subshell: its trap removes only the directory that it created
+    base_directory=$(mktemp --directory)
+    trap 'rm -rf "$base_directory"' EXIT
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$base_directory"
+    ln --symbolic python3 "$base_directory/usr/bin/python"
+    rm -rf "$base_directory"/var/cache/apt/archives/*.deb "$base_directory"/var/lib/apt/lists/*
+    cp /etc/ssl/certs/ca-certificates.crt "$base_directory/etc/ssl/certs/"
     container=$(buildah from scratch)
-    buildah add --quiet "$container" "$base_folder" / > /dev/null
+    buildah add --quiet "$container" "$base_directory" / > /dev/null
     while IFS= read -r setting; do
         buildah config --env "$setting" "$container"
     done < <(env | grep '^PIP_' || true)

@@ -1,4 +1,4 @@
-"""Print the dependencies that pyproject.toml names, with those of the extra mpi; of one package if it is given."""
+"""Print the dependencies in pyproject.toml, the extra mpi included, or only those with the given names."""
 
 import re
 import sys

@@ -1,3 +1,3 @@
 #!/bin/sh
-# mpirun on this host, or with --hostfile F on several; ranks are found by mpi4py. All options: --help
+# Run mpirun on this host or, with --hostfile F, on several; ranks are found through mpi4py. Options: --help
 exec "${PYTHON:-python}" -m alfb_dist.cli launch --with mpirun "$@"

@@ -1,3 +1,3 @@
 #!/bin/sh
-# torchrun on this host; with --nodes N --node-rank R --master-addr A, on each of several. All options: --help
+# Run torchrun on this host or, with --nodes N --node-rank R --master-addr A, on each of several. Options: --help
 exec "${PYTHON:-python}" -m alfb_dist.cli launch --with torchrun "$@"

@@ -1,4 +1,4 @@
-"""The entry point for launchers: `deepspeed launch/train.py --config configs/demo.toml`. The same as `alfb train`."""
+"""The entry point for launchers, the same as `alfb train`: `deepspeed launch/train.py --config configs/demo.toml`."""
 
 from __future__ import annotations
 

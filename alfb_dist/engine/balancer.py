@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.balance.update_rule import Schedule, check_rule, update_bias
+from alfb_dist.balance.update_rule import Schedule, check_rule, rate_schedule, update_bias
+from alfb_dist.config.settings import Balancing
 from alfb_dist.distributed.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.engine.autoep import watch_autoep
 from alfb_dist.engine.patches import mend
@@ -17,14 +18,18 @@ from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.profiling import span
 
-MODES = ("train", "freeze", "recentre")
 
+def rate_of(balancing: Balancing) -> Schedule:
+    """Return the function from the optimizer step (the first is 0) to its rate.
 
-def check_mode(mode: str | Sequence[str]) -> None:
-    """Nothing, or ValueError naming the valid modes and the value."""
-    for one in (mode,) if isinstance(mode, str) else mode:
-        if one not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, or one of them for each MoE layer, got {one!r}")
+    Raises ValueError if the rule is unknown, the rate is not a finite number >= 0, or the schedule's steps cross.
+    """
+    rate = balancing.rate
+    if callable(rate):
+        check_rule(balancing.rule, rate(0))
+        return rate
+    check_rule(balancing.rule, rate)
+    return rate_schedule(rate, warmup_steps=balancing.warmup_steps, zero_at_step=balancing.zero_at_step)
 
 
 def _mode_of_layers(mode: str | Sequence[str], num_layers: int) -> list[str]:
@@ -72,9 +77,17 @@ class Balancer:
         mode: str | Sequence[str] = "train",
         group: Group = None,
     ) -> None:
-        check_rule(rule, rate(0) if callable(rate) else rate)
-        check_mode(mode)
-        self.rule, self.rate, self.centered = rule, rate, centered
+        self._start(engine_or_model, Balancing(rule=rule, rate=rate, centered=centered, mode=mode), group)
+
+    @classmethod
+    def from_settings(cls, engine_or_model: Any, balancing: Balancing, group: Group = None) -> Balancer:
+        """Return the Balancer of these settings; collective."""
+        balancer = cls.__new__(cls)
+        balancer._start(engine_or_model, balancing, group)
+        return balancer
+
+    def _start(self, engine_or_model: Any, balancing: Balancing, group: Group) -> None:
+        self.balancing, self._rate = balancing, rate_of(balancing)
         self.group = group or world_group()
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module
@@ -87,12 +100,13 @@ class Balancer:
         sizes = {gate.bias_E.numel() for gate in self.gates}
         if len(sizes) > 1:
             raise ValueError(f"all MoE layers must have the same number of experts, got {sorted(sizes)}")
-        self.modes = _mode_of_layers(mode, len(self.gates))
+        self.modes = _mode_of_layers(balancing.mode, len(self.gates))
         self._told_idle = False
         self.num_steps = 0
         """Optimizer steps so far; skipped steps do not count."""
         self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
         """int64: the global load of the last finished step, zero before the first."""
+        self._last_update_LE: Tensor | None = None
         self._seen_steps = 0 if self.engine is None else self.engine.global_steps
         self.start_from(self.bias_LE)
 
@@ -135,21 +149,26 @@ class Balancer:
         seen, self._seen_steps = self._seen_steps, self.engine.global_steps
         return self._seen_steps != seen
 
-    @torch.no_grad()
     def step(self, *, applied: bool | None = None) -> bool:
-        """The biases have moved by the loads of the optimizer step just taken; whether they did. Collective.
+        """Reduce the loads of the optimizer step just taken and update the biases by them; collective.
 
-        Call it after every engine.step(), or after every optimizer.step() of another loop. Between accumulation
-        boundaries of an engine it does nothing. A step that was not applied (overflow, NaN) drops its loads and leaves
-        biases and `load_LE` as they were. applied: what the loop knows of that; an engine knows itself.
-        Raises RuntimeError on every rank if some ranks applied the step and others did not.
+        Call it after every engine.step(), or after every optimizer.step() of another loop. Returns False where
+        `reduce_loads` returns None: nothing has changed then. For applied and errors see there too.
         """
         with span("bias"):
-            return self._step(applied)
+            return self.update(self.reduce_loads(applied=applied))
 
-    def _step(self, applied: bool | None) -> bool:
+    def reduce_loads(self, *, applied: bool | None = None) -> Tensor | None:
+        """Return the load of each expert in the optimizer step just taken: int64 (L, E), over all ranks; collective.
+
+        One all-reduce serves all layers. The load is `load_LE` from then on. Returns None and leaves `load_LE` as it
+        was between accumulation boundaries of an engine, without communication, and after a step that was not applied
+        (overflow, NaN), whose loads are dropped.
+        applied: whether the step was applied, where there is no engine to ask.
+        Raises RuntimeError on every rank if some ranks applied the step and others did not.
+        """
         if not self._step_happened():
-            return False
+            return None
         if applied is None:
             applied = True if self.engine is None else bool(self.engine.was_step_applied())
         flag = torch.full((1,), int(applied), dtype=torch.int64, device=self.load_LE.device)
@@ -158,18 +177,31 @@ class Balancer:
         if num_applied not in (0, size(self.group)):
             raise RuntimeError(f"{num_applied} of {size(self.group)} ranks applied the optimizer step, the others not")
         if not num_applied:
-            return False
+            return None
         self.load_LE = total[:-1].view_as(self.load_LE)
         if not self.load_LE.any() and not self._told_idle:
             self._told_idle = True
             warnings.warn(
                 "no token was counted in this step: is the model in training mode (model.train())?", stacklevel=2
             )
-        rate = self.rate(self.num_steps) if callable(self.rate) else self.rate
-        bias_LE = self.bias_LE
-        moved_LE = update_bias(bias_LE, self.load_LE, rate=rate, rule=self.rule, centered=self.centered)
+        return self.load_LE
+
+    def update(self, load_LE: Tensor | None) -> bool:
+        """Move the biases by the load of one optimizer step. Return whether there was one: None changes nothing.
+
+        load_LE: what `reduce_loads` returned: int64 (L, E), the same on every rank. Not collective.
+        Raises ValueError for another shape or dtype, or if this tensor has already moved the biases.
+        """
+        if load_LE is None:
+            return False
+        if load_LE is self._last_update_LE:
+            raise ValueError("this load has already moved the biases: call reduce_loads() after every optimizer step")
+        rate, bias_LE = self._rate(self.num_steps), self.bias_LE
+        rule, centered = self.balancing.rule, self.balancing.centered
+        moved_LE = update_bias(bias_LE, load_LE, rate=rate, rule=rule, centered=centered)
         self._set_bias(torch.where(self._has_mode("freeze"), bias_LE, moved_LE))
         self.num_steps += 1
+        self._last_update_LE = load_LE
         return True
 
     def state_dict(self) -> dict[str, Any]:

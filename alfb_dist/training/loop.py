@@ -49,7 +49,9 @@ def train(
             with span("data"):
                 batch = next_batch(run, step)
             part = forward_backward_step(run, batch)
-            run.balancer.step()
+            with span("bias"):
+                load_LE = run.balancer.reduce_loads()
+                run.balancer.update(load_LE)
             loss, stopping = agree(run, part, signals.asked)
             report(run, step, batch, loss, lr, time.perf_counter() - begun)
             last = step == config.train.steps

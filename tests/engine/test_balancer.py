@@ -284,14 +284,19 @@ class Engine(nn.Module):
         return self.applied
 
 
-def test_engine_decides_when_a_step_is_and_whether_it_was_applied() -> None:
+def in_two_calls(balancer: Balancer) -> bool:
+    return balancer.update(balancer.reduce_loads())
+
+
+@pytest.mark.parametrize("step", [Balancer.step, in_two_calls])
+def test_engine_decides_when_a_step_is_and_whether_it_was_applied(step: Any) -> None:
     engine = Engine(two_layers())
     balancer, seen = Balancer(engine, rate=1.0), []
     # Micro-batches: first of two, second with the step, first, second with a skipped step, first, second, and again.
     for boundary, applied in [(0, True), (1, True), (0, True), (1, False), (0, True), (1, True), (0, True)]:
         add(balancer, [1, 0, 0, 0], [0, 0, 0, 1])
         engine.global_steps, engine.applied = engine.global_steps + boundary, applied
-        seen.append((balancer.step(), balancer.load_LE[0, 0].item(), balancer.bias_LE[0, 1].item(), balancer.num_steps))
+        seen.append((step(balancer), balancer.load_LE[0, 0].item(), balancer.bias_LE[0, 1].item(), balancer.num_steps))
     assert seen == [
         (False, 0, 0.0, 0),
         (True, 2, 1.0, 1),
@@ -301,3 +306,61 @@ def test_engine_decides_when_a_step_is_and_whether_it_was_applied() -> None:
         (True, 2, 2.0, 2),
         (False, 2, 2.0, 2),
     ]
+
+
+# The two halves of a step.
+
+
+def test_reduced_loads_are_the_load_of_the_step_and_the_update_moves_the_biases() -> None:
+    balancer, whole = Balancer(two_layers(), rate=0.5), Balancer(two_layers(), rate=0.5)
+    for loads in ([5, 1, 3, 4], [0, 7, 7, 2]), ([1, 0, 0, 0], [0, 0, 0, 1]):
+        add(balancer, *loads)
+        add(whole, *loads)
+        before, steps = balancer.bias_LE, balancer.num_steps
+        load_LE = balancer.reduce_loads()
+        assert load_LE is not None and load_LE.dtype == torch.int64
+        assert load_LE.tolist() == balancer.load_LE.tolist() == list(loads)
+        assert torch.equal(balancer.bias_LE, before) and balancer.num_steps == steps
+        assert balancer.update(load_LE) is whole.step() is True
+        assert torch.equal(balancer.bias_LE, whole.bias_LE) and balancer.num_steps == whole.num_steps == steps + 1
+
+
+def test_skipped_step_has_no_load_and_its_update_changes_nothing() -> None:
+    balancer = Balancer(two_layers(), rate=0.5)
+    add(balancer, [4, 0, 0, 0], [4, 0, 0, 0])
+    balancer.step()
+    bias_LE, load_LE = balancer.bias_LE, balancer.load_LE.clone()
+    add(balancer, [0, 4, 0, 0], [0, 4, 0, 0])
+    assert balancer.reduce_loads(applied=False) is None and balancer.update(None) is False
+    assert torch.equal(balancer.bias_LE, bias_LE) and torch.equal(balancer.load_LE, load_LE)
+    assert balancer.num_steps == 1
+
+
+def test_load_that_has_moved_the_biases_is_refused() -> None:
+    balancer = Balancer(two_layers(), rate=0.5)
+    add(balancer, [4, 0, 0, 0], [4, 0, 0, 0])
+    load_LE = balancer.reduce_loads()
+    balancer.update(load_LE)
+    bias_LE = balancer.bias_LE
+    for again in (load_LE, balancer.load_LE):
+        with pytest.raises(ValueError, match=r"already moved the biases: call reduce_loads\(\) after every"):
+            balancer.update(again)
+    assert torch.equal(balancer.bias_LE, bias_LE) and balancer.num_steps == 1
+    add(balancer, [4, 0, 0, 0], [4, 0, 0, 0])
+    assert balancer.step() and torch.equal(balancer.bias_LE, 2 * bias_LE)
+
+
+@pytest.mark.parametrize(
+    ("load_LE", "text"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), r"\(2, 4\) and load \(2, 3\)"),
+        (torch.zeros(4, dtype=torch.int64), r"\(2, 4\) and load \(4,\)"),
+        (torch.zeros(2, 4), "load must be int64"),
+        (torch.zeros(2, 4, dtype=torch.int32), "load must be int64"),
+    ],
+)
+def test_load_of_another_shape_or_type_is_refused(load_LE: Tensor, text: str) -> None:
+    balancer = Balancer(two_layers(), rate=0.5)
+    with pytest.raises(ValueError, match=text):
+        balancer.update(load_LE)
+    assert not balancer.bias_LE.any() and balancer.num_steps == 0
