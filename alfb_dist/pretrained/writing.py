@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files
-from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, header_bytes, tensor_bytes
+from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, start_file, tensor_bytes
 from alfb_dist.pretrained.outputs import Output, Piece
-from alfb_dist.pretrained.source import INDEX, WEIGHTS
+from alfb_dist.pretrained.weight_files import INDEX, WEIGHTS
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -70,9 +70,7 @@ class ShardFile:
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         entries = [entry for _, entry in shard.outputs]
-        header = header_bytes(entries, {"format": "pt"})  # transformers asks for the format
-        self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
-        self._file.write(header)
+        self._file = start_file(folder / shard.name, entries, {"format": "pt"})  # transformers asks for the format
         self._finish_if_whole()
 
     def put(self, values: Tensor) -> bool:
