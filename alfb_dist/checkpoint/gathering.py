@@ -14,9 +14,8 @@ from alfb_dist.checkpoint.safetensors_file import DTYPES, Entry
 from alfb_dist.checkpoint.tensors import GlobalTensor
 from alfb_dist.distributed.collectives import (
     Group,
-    all_to_all_rows,
+    all_to_all_bytes,
     broadcast_object,
-    exchange_row_counts,
     gather_objects,
     group_rank,
 )
@@ -140,16 +139,7 @@ class Gatherer:
                     outgoing[item.writer].append(own.contiguous().view(torch.uint8))
                 if item.writer == self._rank:
                     incoming[piece.rank] += (piece.stop - piece.start) * width
-        device = self._engine.device
-        nothing = torch.empty(0, dtype=torch.uint8, device=device)
-        sent = torch.cat([nothing, *(part.to(device) for parts in outgoing for part in parts)])
-        sizes = [sum(part.numel() for part in parts) for parts in outgoing]
-        promised = exchange_row_counts(sizes, sent.numel(), self._group, device)
-        if promised != incoming:
-            raise RuntimeError(f"ranks send {promised} bytes for {len(batch)} tensors, expected {incoming}")
-        with torch.no_grad():
-            received = all_to_all_rows(sent, sizes, promised, self._group)
-        return list(received.cpu().split(promised))
+        return all_to_all_bytes(outgoing, incoming, self._group, self._engine.device)
 
 
 def _joined(item: Item, pieces: Sequence[_Piece], received: list[Tensor]) -> Tensor:

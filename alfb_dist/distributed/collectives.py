@@ -5,7 +5,7 @@ A group of None is this process alone, where torch.distributed is not up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -107,41 +107,11 @@ def barrier(group: Group) -> None:
         dist.barrier(group=group)
 
 
-def exchange_row_counts(send_counts: list[int], rows: int, group: ProcessGroup, device: torch.device) -> list[int]:
-    """How many rows each rank of the group will send to this one; collective. See `exchange_notes`."""
-    return [count for (count,) in exchange_notes([[n] for n in send_counts], rows, group, device)]
+def exchange_numbers(numbers: Sequence[Sequence[int]], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Return the numbers that each rank of the group has for this one, in rank order; collective.
 
-
-def exchange_notes(notes: list[list[int]], rows: int, group: ProcessGroup, device: torch.device) -> list[list[int]]:
-    """What each rank of the group notes for this one, as it notes something for each, in rank order; collective.
-
-    A note is a number of rows and as many other numbers as all ranks agree on. The rows noted must sum to `rows`. A
-    rank whose counts do not add up tells the others, and RuntimeError naming it is raised on every rank: a wrong size
-    would otherwise be silent (stale rows) or abort the receiver.
+    numbers: int64, a row for each rank, of the same length on every rank.
     """
-    going, problem = notes_to_send(notes, rows, group)
-    told = _swap_numbers(going, group, device)
-    check_notes(told, group, problem)
-    return told
-
-
-def notes_to_send(notes: list[list[int]], rows: int, group: ProcessGroup) -> tuple[list[list[int]], str]:
-    """(the notes, ""), or where their rows do not add up (what tells everyone so in `check_notes`, what is wrong)."""
-    counts = [note[0] for note in notes]
-    if len(counts) == group.size() and sum(counts) == rows and min(counts) >= 0:
-        return notes, ""
-    width = len(notes[0]) if notes else 1
-    return [[-1] * width] * group.size(), f"; here {counts} for {rows} rows"
-
-
-def check_notes(told: list[list[int]], group: ProcessGroup, problem: str) -> None:
-    """Nothing, or RuntimeError naming the ranks whose row counts did not add up. problem: of this rank's own."""
-    wrong = [dist.get_global_rank(group, r) for r, (count, *_) in enumerate(told) if count < 0]
-    if wrong:
-        raise RuntimeError(f"row counts do not add up to the rows to be sent on rank(s) {wrong}{problem}")
-
-
-def _swap_numbers(numbers: list[list[int]], group: ProcessGroup, device: torch.device) -> list[list[int]]:
     sent = torch.tensor(numbers, dtype=torch.int64, device=device)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -149,7 +119,7 @@ def _swap_numbers(numbers: list[list[int]], group: ProcessGroup, device: torch.d
     return numbers_by_rank
 
 
-def all_gather_numbers(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+def all_gather_numbers(numbers: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
     """Each rank's numbers (int64, equally many), in rank order; collective."""
     gathered = torch.zeros(group.size(), len(numbers), dtype=torch.int64, device=device)
     gathered[group.rank()] = torch.tensor(numbers)
@@ -161,9 +131,9 @@ def all_gather_numbers(numbers: list[int], group: ProcessGroup, device: torch.de
 def start_all_to_all_bytes(
     sent: Tensor, send_sizes: list[int], receive_sizes: list[int], group: ProcessGroup
 ) -> Callable[[], list[Tensor]]:
-    """Bytes are on their way to the other ranks of the group; call what is returned for those that come, in rank order.
+    """Send bytes to each rank of the group; collective. The returned function waits for the bytes from each.
 
-    Collective. Sizes must be agreed on; what is sent must stay as it is until then.
+    The sizes must be agreed on; `sent` must not change until then.
     """
     received = sent.new_empty(sum(receive_sizes))
     work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group, async_op=True)
@@ -175,29 +145,18 @@ def start_all_to_all_bytes(
     return finish
 
 
-def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:
-    if rows.shape[0] != sum(send_counts):
-        raise RuntimeError(f"{rows.shape[0]} rows to send, but the row counts say {send_counts}")
-    received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
-    return received
+def all_to_all_bytes(
+    parts: Sequence[Sequence[Tensor]], receive_sizes: list[int], group: ProcessGroup, device: torch.device
+) -> list[Tensor]:
+    """Return the bytes from each rank of the group, on CPU; collective.
 
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: Any) -> Tensor:
-        ctx.route = receive_counts, send_counts, group
-        return _all_to_all(rows, send_counts, receive_counts, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _all_to_all(grads[0], *ctx.route), None, None, None
-
-
-def all_to_all_rows(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:
-    """The rows that the group's ranks sent to this one, in rank order; collective, differentiable.
-
-    rows: (sum(send_counts), ...), sorted by destination. receive_counts: from `exchange_row_counts`. Zero rows are
-    fine. The backward is the reverse exchange. Raises RuntimeError if the rows do not match the counts.
+    parts: by rank the tensors of bytes to be sent to it, one after the other. device: of the group's backend.
+    Raises RuntimeError if a rank sends other than receive_sizes.
     """
-    return _AllToAllRows.apply(rows, send_counts, receive_counts, group)
+    sizes = [sum(part.numel() for part in to_rank) for to_rank in parts]
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    sent = torch.cat([nothing, *(part.to(device) for to_rank in parts for part in to_rank)])
+    announced = [size for (size,) in exchange_numbers([[size] for size in sizes], group, device)]
+    if announced != receive_sizes:
+        raise RuntimeError(f"the ranks send {announced} bytes, but {receive_sizes} are expected")
+    return [part.cpu() for part in start_all_to_all_bytes(sent, sizes, receive_sizes, group)()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alfb_dist.cpu import allocator as arena
-from alfb_dist.distributed.all_to_all import Exchange, Underway
+from alfb_dist.distributed.all_to_all import Exchange, Handle
 from alfb_dist.moe.permute import add_up, plan
 
 
@@ -47,7 +47,7 @@ class Sent:
     route: Route | None = None
     slot_counts: list[int] | None = None  # filled slots for each rank; once received, from each rank
     ticket: Tensor | None = None  # of one number; leads the backward from what arrives to what was sent
-    underway: Underway | None = None  # in the forward the rows, in the backward their gradients
+    underway: Handle | None = None  # in the forward the rows, in the backward their gradients
     own_grads: tuple[Tensor, Tensor] | None = None  # in the backward: what this rank need not send to itself
 
 
@@ -173,11 +173,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        arrived, _ = route.exchange.swap([(rows_RD, None)], route.receive_counts, route.send_counts)
+        arrived, _ = route.exchange.all_to_all([(rows_RD, None)], route.receive_counts, route.send_counts)
         return _add_up(rows_RD, [rows for (rows,) in arrived], route)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         route, (grad_TD,) = ctx.route, grads
-        arrived, _ = route.exchange.swap([(grad_TD, route.token_N)], route.send_counts, route.receive_counts)
+        arrived, _ = route.exchange.all_to_all([(grad_TD, route.token_N)], route.send_counts, route.receive_counts)
         return _gather(grad_TD, [rows for (rows,) in arrived], route), None

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from alfb_dist.distributed.collectives import (
     Group,
-    all_to_all_rows,
+    all_to_all_bytes,
     broadcast_object,
-    exchange_row_counts,
     gather_objects,
     group_rank,
     size,
@@ -142,14 +141,8 @@ class Gatherer:
         """Each of the expected tensors holds what its rank sent for it. outgoing: by rank, what is sent to it."""
         if self._group is None:
             return
-        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
-        sizes = [sum(x.numel() for x in parts) for parts in outgoing]
-        sent = torch.cat([nothing, *(x.to(self._device) for parts in outgoing for x in parts)])
-        promised = exchange_row_counts(sizes, sent.numel(), self._group, self._device)
-        counts = [sum(x.numel() for rank, x in expected if rank == r) for r in range(len(sizes))]
-        if promised != counts:
-            raise RuntimeError(f"ranks send {promised} bytes of weights, expected {counts}")
-        received = list(all_to_all_rows(sent, sizes, promised, self._group).cpu().split(promised))
+        counts = [sum(x.numel() for rank, x in expected if rank == r) for r in range(len(outgoing))]
+        received = all_to_all_bytes(outgoing, counts, self._group, self._device)
         for rank, x in expected:
             x.copy_(received[rank][: x.numel()])
             received[rank] = received[rank][x.numel() :]

@@ -40,9 +40,9 @@ def exchange_by(way: str) -> Callable[[], None]:
     exchange = Exchange(dist.group.WORLD)
     if way == "rows by network":
         os.environ["ALFB_SHARED_MEMORY"] = "0"
-        return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1], [1, 1, 1]) and None
+        return lambda: exchange.all_to_all([(torch.ones(3, 2), None)], [1, 1, 1], [1, 1, 1]) and None
     if way == "rows":
-        return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1]) and None
+        return lambda: exchange.all_to_all([(torch.ones(3, 2), None)], [1, 1, 1]) and None
     return lambda: all_sum(torch.ones(1), dist.group.WORLD) and None
 
 
@@ -127,7 +127,7 @@ def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, ki
     seen = seen_after(kind, way, tmp_path)
     for rank in (0, 2):
         waited, message = seen[rank]
-        assert message.startswith(("step 3, all_sum: ", "step 3, swap > ")), message
+        assert message.startswith(("step 3, all_sum: ", "step 3, all_to_all > ")), message
         assert told in message
         assert f"This is rank {rank} on " in message
         assert message.count("rank 0") + message.count("rank 2") == 1  # the one to blame, and oneself
