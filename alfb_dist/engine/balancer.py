@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.balance.update_rule import Schedule, check_rule, update_bias
+from alfb_dist.balance.update_rule import Schedule, check_rule, rate_schedule, update_bias
+from alfb_dist.config.settings import Balancing
 from alfb_dist.distributed.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.engine.autoep import watch_autoep
 from alfb_dist.engine.patches import mend
@@ -17,14 +18,18 @@ from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.profiling import span
 
-MODES = ("train", "freeze", "recentre")
 
+def rate_of(balancing: Balancing) -> Schedule:
+    """Return the function from the optimizer step (the first is 0) to its rate.
 
-def check_mode(mode: str | Sequence[str]) -> None:
-    """Nothing, or ValueError naming the valid modes and the value."""
-    for one in (mode,) if isinstance(mode, str) else mode:
-        if one not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, or one of them for each MoE layer, got {one!r}")
+    Raises ValueError if the rule is unknown, the rate is not a finite number >= 0, or the schedule's steps cross.
+    """
+    rate = balancing.rate
+    if callable(rate):
+        check_rule(balancing.rule, rate(0))
+        return rate
+    check_rule(balancing.rule, rate)
+    return rate_schedule(rate, warmup_steps=balancing.warmup_steps, zero_at_step=balancing.zero_at_step)
 
 
 def _mode_of_layers(mode: str | Sequence[str], num_layers: int) -> list[str]:
@@ -72,9 +77,17 @@ class Balancer:
         mode: str | Sequence[str] = "train",
         group: Group = None,
     ) -> None:
-        check_rule(rule, rate(0) if callable(rate) else rate)
-        check_mode(mode)
-        self.rule, self.rate, self.centered = rule, rate, centered
+        self._start(engine_or_model, Balancing(rule=rule, rate=rate, centered=centered, mode=mode), group)
+
+    @classmethod
+    def from_settings(cls, engine_or_model: Any, balancing: Balancing, group: Group = None) -> Balancer:
+        """Return the Balancer of these settings; collective."""
+        balancer = cls.__new__(cls)
+        balancer._start(engine_or_model, balancing, group)
+        return balancer
+
+    def _start(self, engine_or_model: Any, balancing: Balancing, group: Group) -> None:
+        self.balancing, self._rate = balancing, rate_of(balancing)
         self.group = group or world_group()
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module
@@ -87,7 +100,7 @@ class Balancer:
         sizes = {gate.bias_E.numel() for gate in self.gates}
         if len(sizes) > 1:
             raise ValueError(f"all MoE layers must have the same number of experts, got {sorted(sizes)}")
-        self.modes = _mode_of_layers(mode, len(self.gates))
+        self.modes = _mode_of_layers(balancing.mode, len(self.gates))
         self._told_idle = False
         self.num_steps = 0
         """Optimizer steps so far; skipped steps do not count."""
@@ -165,9 +178,9 @@ class Balancer:
             warnings.warn(
                 "no token was counted in this step: is the model in training mode (model.train())?", stacklevel=2
             )
-        rate = self.rate(self.num_steps) if callable(self.rate) else self.rate
-        bias_LE = self.bias_LE
-        moved_LE = update_bias(bias_LE, self.load_LE, rate=rate, rule=self.rule, centered=self.centered)
+        rate, bias_LE = self._rate(self.num_steps), self.bias_LE
+        rule, centered = self.balancing.rule, self.balancing.centered
+        moved_LE = update_bias(bias_LE, self.load_LE, rate=rate, rule=rule, centered=centered)
         self._set_bias(torch.where(self._has_mode("freeze"), bias_LE, moved_LE))
         self.num_steps += 1
         return True

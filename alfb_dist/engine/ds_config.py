@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 
-from alfb_dist.balance.update_rule import rate_schedule
 from alfb_dist.config import Config, read_section
 from alfb_dist.config.deepspeed_json import SECTION, read_deepspeed_json
 from alfb_dist.config.keys import DEEPSPEED_KEYS, DERIVED_KEYS
+from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.config.text import nearest
+
+Part = TypeVar("Part", Sharding, Balancing)
 
 
 def read_ds_config(ds_config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -24,20 +27,22 @@ def read_ds_config(ds_config: dict[str, Any] | str | Path) -> tuple[dict[str, An
     return {key: value for key, value in given.items() if key != SECTION}, read_section(given.get(SECTION, {}))
 
 
-def with_section(section: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the section's in the place of defaults; ValueError where one that was given is another."""
-    for key, value in section.items():
-        if key in given and given[key] != defaults[key] and given[key] != value:
-            raise ValueError(f"{key} ({given[key]!r}) and {SECTION}.{key} ({value!r}) contradict each other: give one")
-    joined = {**given, **{key: value for key, value in section.items() if key in given}}
-    course = {key: section[key] for key in ("warmup_steps", "zero_at_step") if key in section}
-    if course:
-        if callable(joined["rate"]):
-            raise ValueError(f"rate is a function: leave {', '.join(course)} out of {SECTION}")
-        joined["rate"] = rate_schedule(joined["rate"], **course)
-    if joined["mode"] == "auto":
-        joined["mode"] = "train"
-    return joined
+def with_section(settings: Part, section: dict[str, Any]) -> Part:
+    """Return the settings with the section's values in the place of defaults.
+
+    Raises ValueError if a setting that differs from its default differs from the section too.
+    """
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        key, given = field.name, getattr(settings, field.name)
+        if key not in section:
+            continue
+        if given not in (field.default, section[key]):
+            raise ValueError(
+                f"{key} ({given!r}) and {SECTION}.{key} ({section[key]!r}) contradict each other: give one"
+            )
+        found[key] = "train" if (key, section[key]) == ("mode", "auto") else section[key]
+    return replace(settings, **found)
 
 
 def check_ds_config(ds_config: dict[str, Any]) -> None:

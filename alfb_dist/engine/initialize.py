@@ -15,13 +15,13 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from alfb_dist.balance.update_rule import Schedule, check_rule
+from alfb_dist.balance.update_rule import Schedule
+from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.cpu.attention import choose_attention
 from alfb_dist.distributed.collectives import known_groups, set_timeouts
-from alfb_dist.engine.balancer import Balancer, check_mode
+from alfb_dist.engine.balancer import Balancer, rate_of
 from alfb_dist.engine.ds_config import check_ds_config, read_ds_config, with_defaults, with_section
-from alfb_dist.moe.gate import BalancedGate
-from alfb_dist.moe.parallelize import parallelize
+from alfb_dist.moe.parallelize import shard_model
 from alfb_dist.moe.sharded_experts import sharded_experts
 
 
@@ -44,44 +44,30 @@ def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> N
                 )
 
 
-def _check_parallelised(
-    model: nn.Module, ep_degree: int, max_rows: int, sequence_loss_alpha: float, batch_loss_alpha: float
-) -> None:
-    """Nothing, or ValueError if the model was parallelised otherwise than is asked for now."""
+def _check_sharded(model: nn.Module, sharding: Sharding) -> None:
+    """Raise ValueError if the model's experts are sharded otherwise than is asked for now."""
     for name, experts in sharded_experts(model):
-        if experts.ep_size != ep_degree:
+        had = experts.sharding
+        if sharding.ep_degree != had.ep_degree:
             raise ValueError(
-                f"ep_degree ({ep_degree}) must be the one that the model was parallelised with ({experts.ep_size}): "
-                "give the same to both, or parallelise the model anew"
+                f"ep_degree ({sharding.ep_degree}) must be the one that the model was parallelised with "
+                f"({had.ep_degree}): give the same to both, or parallelise the model anew"
             )
-        if max_rows not in (0, experts.max_rows):
+        if sharding.max_rows not in (0, had.max_rows):
             raise ValueError(
-                f"max_rows ({max_rows}) must be the one that the model was parallelised with ({experts.max_rows}): "
-                "give it to from_pretrained or parallelize"
+                f"max_rows ({sharding.max_rows}) must be the one that the model was parallelised with "
+                f"({had.max_rows}): give it to from_pretrained or parallelize"
+            )
+        if any(sharding.alphas) and sharding.alphas != had.alphas:
+            raise ValueError(
+                f"sequence_loss_alpha and batch_loss_alpha {sharding.alphas} must be those that the model was "
+                f"parallelised with {had.alphas}: give them to from_pretrained or parallelize"
             )
         if experts.grid is None:
             raise ValueError(
                 f"{name} was parallelised before torch.distributed was up: call "
                 "alfb_dist.init_distributed() first, then from_pretrained or parallelize"
             )
-    alphas = sequence_loss_alpha, batch_loss_alpha
-    for gate in (m for m in model.modules() if isinstance(m, BalancedGate)):
-        had = gate.aux.sequence_alpha, gate.aux.batch_alpha
-        if any(alphas) and had != alphas:
-            raise ValueError(
-                f"sequence_loss_alpha and batch_loss_alpha {alphas} must be those that the model was parallelised "
-                f"with {had}: give them to from_pretrained or parallelize"
-            )
-
-
-def _make_ready(model: nn.Module, timeout_seconds: float, **shards: Any) -> None:
-    """The model is parallelised, if it was not already, and in training mode."""
-    if sharded_experts(model):
-        _check_parallelised(model, **shards)
-    else:
-        parallelize(model, timeout_seconds=timeout_seconds, **shards)
-    if not model.training:
-        model.train()
 
 
 def initialize(
@@ -115,24 +101,45 @@ def initialize(
     Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
     """
     ds_config, section = read_ds_config(ds_config)
-    check_ds_config(ds_config)
-    given = {
-        "ep_degree": ep_degree,
-        "rule": rule,
-        "rate": rate,
-        "centered": centered,
-        "mode": mode,
-        "sequence_loss_alpha": sequence_loss_alpha,
-        "batch_loss_alpha": batch_loss_alpha,
-        "max_rows": max_rows,
-    }
-    joined = with_section(section, given, initialize.__kwdefaults__ or {})
-    if joined["ep_degree"] is None:
+    ep_degree = section.get("ep_degree") if ep_degree is None else ep_degree
+    if ep_degree is None:
         raise ValueError("ep_degree is missing: give it as an argument, or in the section alf_lb of ds_config")
-    check_rule(joined["rule"], joined["rate"](0) if callable(joined["rate"]) else joined["rate"])
-    check_mode(joined["mode"])
-    shards = {name: joined.pop(name) for name in ("ep_degree", "sequence_loss_alpha", "batch_loss_alpha", "max_rows")}
-    _make_ready(model, timeout_seconds, **shards)
+    sharding = Sharding(
+        ep_degree=ep_degree,
+        max_rows=max_rows,
+        sequence_loss_alpha=sequence_loss_alpha,
+        batch_loss_alpha=batch_loss_alpha,
+        timeout_seconds=timeout_seconds,
+    )
+    balancing = Balancing(rule=rule, rate=rate, centered=centered, mode=mode)
+    return start_engine(
+        model,
+        ds_config,
+        with_section(sharding, section),
+        with_section(balancing, section),
+        model_parameters=model_parameters,
+        **deepspeed_arguments,
+    )
+
+
+def start_engine(
+    model: nn.Module,
+    ds_config: dict[str, Any],
+    sharding: Sharding,
+    balancing: Balancing,
+    *,
+    model_parameters: Any = None,
+    **deepspeed_arguments: Any,
+) -> tuple[Any, Balancer]:
+    """Return what `initialize` does, from settings instead of arguments; collective. ds_config: without our section."""
+    check_ds_config(ds_config)
+    rate_of(balancing)
+    if sharded_experts(model):
+        _check_sharded(model, sharding)
+    else:
+        shard_model(model, sharding)
+    if not model.training:
+        model.train()
     if callable(model_parameters):
         model_parameters = model_parameters(model)
     _check_trained(model, model_parameters, deepspeed_arguments.get("optimizer"))
@@ -142,8 +149,8 @@ def initialize(
     engine = deepspeed.initialize(
         model=model, config=with_defaults(ds_config), model_parameters=model_parameters, **deepspeed_arguments
     )[0]
-    set_timeouts(timeout_seconds, known_groups() - before)
-    return engine, Balancer(engine, **joined)
+    set_timeouts(sharding.timeout_seconds, known_groups() - before)
+    return engine, Balancer.from_settings(engine, balancing)
 
 
 def quiet(level: int = logging.WARNING) -> None:

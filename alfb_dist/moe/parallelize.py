@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from alfb_dist.config.settings import Sharding
 from alfb_dist.cpu import experts as native
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.collectives import size, world_group
@@ -31,8 +32,6 @@ def check_parallelizable(model: nn.Module, ep_degree: int) -> list[MoEBlock]:
     check_done(model)
     if not blocks:
         raise ValueError(f"{family} has no MoE block with a gate that carries a selection bias")
-    if not isinstance(ep_degree, int) or ep_degree < 1:
-        raise ValueError(f"ep_degree must be an integer >= 1, got {ep_degree!r}")
     if size(world_group()) % ep_degree:
         raise ValueError(f"the world size ({size(world_group())}) must be divisible by ep_degree ({ep_degree})")
     seen: set[Any] = set()
@@ -178,20 +177,29 @@ def parallelize(
     timeout_seconds: of every exchange in the groups made here.
     Raises ValueError before any collective: no supported MoE block, sizes that do not divide, or already parallelised.
     """
-    blocks = check_parallelizable(model, ep_degree)
-    if min(sequence_loss_alpha, batch_loss_alpha) < 0:
-        raise ValueError(f"loss coefficients must be >= 0, got {sequence_loss_alpha} and {batch_loss_alpha}")
-    if max_rows != 0 and max_rows < ep_degree:
-        raise ValueError(f"max_rows must be 0 or at least ep_degree ({ep_degree}), got {max_rows}")
-    aux = AuxLosses(sequence_loss_alpha, batch_loss_alpha, world_group())
-    watch(model, aux)
-    grid = None if world_group() is None else make_grid(ep_degree, timeout_seconds=timeout_seconds)
+    sharding = Sharding(
+        ep_degree=ep_degree,
+        max_rows=max_rows,
+        sequence_loss_alpha=sequence_loss_alpha,
+        batch_loss_alpha=batch_loss_alpha,
+        timeout_seconds=timeout_seconds,
+    )
+    return shard_model(model, sharding)
+
+
+def shard_model(model: Model, sharding: Sharding) -> Model:
+    """Shard the model's experts in place and return it; collective. See `parallelize`."""
+    blocks = check_parallelizable(model, sharding.ep_degree)
+    watch(model, AuxLosses(*sharding.alphas, world_group()))
+    grid = None
+    if world_group() is not None:
+        grid = make_grid(sharding.ep_degree, timeout_seconds=sharding.timeout_seconds)
     exchange = None if grid is None else Exchange(grid.ep_group)
     with torch.no_grad():
         for block in blocks:
-            experts = ShardedExperts(block.module.experts, grid, exchange, max_rows)
+            experts = ShardedExperts(block.module.experts, grid, exchange, sharding)
             block.module.experts = experts
             _compile_shared(block.module)
-            if ep_degree > 1 and max_rows == 0:
+            if sharding.ep_degree > 1 and sharding.max_rows == 0:
                 experts.shared = shared_to_run_early(block.module, block.gate)
     return model

@@ -9,6 +9,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from alfb_dist.config.settings import Sharding
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.topology import Grid, grid_ranks
 from alfb_dist.moe.chunked import within
@@ -28,9 +29,9 @@ class ShardedExperts(AutoEPMoELayer):
     that class: nothing of its construction or forward runs here.
     """
 
-    def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None, max_rows: int = 0) -> None:
+    def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None, sharding: Sharding) -> None:
         nn.Module.__init__(self)
-        self.exchange, self.max_rows = exchange, max_rows
+        self.exchange, self.sharding = exchange, sharding
         self.shared: tuple[nn.Module, str] | None = None
         """The block, and the name of its shared experts, if they can run while rows are on their way."""
         self.num_experts: int = count_experts(experts)
@@ -75,8 +76,8 @@ class ShardedExperts(AutoEPMoELayer):
         if identity_TK is not None:
             top_k_index = top_k_index.masked_fill(identity_TK, self.num_experts)
         inputs = (hidden_states, top_k_index, top_k_weights)
-        if self.max_rows:
-            out_TD = within(self.max_rows, self._compute, *inputs, self.num_local_experts, self.exchange)
+        if self.sharding.max_rows:
+            out_TD = within(self.sharding.max_rows, self._compute, *inputs, self.num_local_experts, self.exchange)
         else:
             out_TD = self._compute(*inputs)
         if identity_TK is not None:

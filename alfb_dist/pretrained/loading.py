@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alfb_dist.config.settings import Sharding
 from alfb_dist.distributed.agreement import agreed
 from alfb_dist.distributed.collectives import Group, group_rank, world_group
 from alfb_dist.moe.families.blocks import moe_blocks
-from alfb_dist.moe.parallelize import check_parallelizable, parallelize
+from alfb_dist.moe.parallelize import check_parallelizable, shard_model
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.folder import (
     SIDECAR,
@@ -48,22 +49,27 @@ def from_pretrained(
     Warns if biases were rounded to 16 bits in the folder. Raises ValueError on every rank alike: before a tensor is
     read, naming those that are missing, unknown or mis-shaped; and where `parallelize` does.
     """
+    return load_model(path, Sharding(ep_degree=ep_degree, **options), dtype, attn_implementation)
+
+
+def load_model(
+    path: str | Path, sharding: Sharding, dtype: torch.dtype | str | None = None, attn_implementation: str | None = None
+) -> Any:
+    """Return the model of a directory with this rank's share of its experts; collective. See `from_pretrained`."""
     folder, group = Path(path), world_group()
     model, weights, dtype = agreed(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
-    _read_share(model, weights, dtype, ep_degree, group, options)
+    _read_share(model, weights, dtype, sharding, group)
     agreed(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
 
 
-def _read_share(
-    model: Any, weights: ModelWeights, dtype: torch.dtype, ep_degree: int, group: Group, options: dict[str, Any]
-) -> None:
+def _read_share(model: Any, weights: ModelWeights, dtype: torch.dtype, sharding: Sharding, group: Group) -> None:
     """The model, made without memory, is parallelised and has this rank's share of the weights; collective."""
-    agreed(lambda: check_parallelizable(model, ep_degree), group, ValueError)
+    agreed(lambda: check_parallelizable(model, sharding.ep_degree), group, ValueError)
     agreed(lambda: read_common(model, weights, dtype), group, ValueError)
-    parallelize(model, ep_degree=ep_degree, **options)
+    shard_model(model, sharding)
     agreed(lambda: read_experts(model, weights), group, ValueError)
 
 
@@ -81,12 +87,12 @@ class _NoWeights:
         destination.zero_()
 
 
-def make_room(model: Any, dtype: torch.dtype, *, ep_degree: int, **options: Any) -> None:
+def make_room(model: Any, dtype: torch.dtype, sharding: Sharding) -> None:
     """The model, made without memory, is parallelised and has room for this rank's share of its weights; collective.
 
-    They are to be read into it from a run's checkpoint: experts are 0 until then. options, errors: see `parallelize`.
+    They are to be read into it from a run's checkpoint: experts are 0 until then. Errors: see `parallelize`.
     """
-    _read_share(model, _NoWeights(), dtype, ep_degree, world_group(), options)
+    _read_share(model, _NoWeights(), dtype, sharding, world_group())
 
 
 def open_model(
@@ -202,5 +208,5 @@ def _warn_of_rounding(model: Any, weights: ModelWeights, group: Group) -> None:
         warnings.warn(
             f"selection biases were rounded to 16 bits before they were saved ({found[0]}{more}): experts whose biases "
             "differed are equal now, and loads will differ from the original model's until the biases have moved",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -10,8 +10,10 @@ from torch import nn
 
 from alfb_dist import pretrained
 from alfb_dist.config import Config, ConfigError
+from alfb_dist.config.settings import sharding_of
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.moe.sharded_experts import sharded_experts
+from alfb_dist.pretrained.loading import load_model
 
 
 def transformers_config(model: ModelConfig) -> Any:
@@ -57,29 +59,13 @@ def _initialised(config: Config) -> Any:
 
 def _roomy(config: Config) -> Any:
     model = pretrained.meta_model(transformers_config(config.model), torch.float32, config.model.attention)
-    pretrained.make_room(model, torch.float32, **_shards(config))
+    pretrained.make_room(model, torch.float32, sharding_of(config))
     return model
-
-
-def _shards(config: Config) -> dict[str, Any]:
-    """How the model is parallelised."""
-    return {
-        "ep_degree": config.parallel.ep_degree,
-        "sequence_loss_alpha": config.balance.sequence_loss_alpha,
-        "batch_loss_alpha": config.balance.batch_loss_alpha,
-        "max_rows": config.parallel.max_rows,
-        "timeout_seconds": config.run.timeout_seconds,
-    }
 
 
 def _read(config: Config) -> Any:
     try:
-        return pretrained.from_pretrained(
-            config.model.path,
-            dtype=torch.float32,
-            attn_implementation=config.model.attention,
-            **_shards(config),
-        )
+        return load_model(config.model.path, sharding_of(config), torch.float32, config.model.attention)
     except ValueError as error:  # the same on every rank
         raise ConfigError(f"model.path: {error}") from error
 

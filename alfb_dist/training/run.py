@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from alfb_dist import checkpoint
-from alfb_dist.balance.update_rule import rate_schedule
 from alfb_dist.config import Config, ConfigError
 from alfb_dist.config.provenance import differences, facts
+from alfb_dist.config.settings import balancing_of, sharding_of, start_patience
 from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_entropy
 from alfb_dist.distributed.agreement import agreed, first_ranks
 from alfb_dist.distributed.collectives import known_groups, set_timeouts, share_objects
@@ -26,7 +26,7 @@ from alfb_dist.distributed.placement import check_placement, grid_rows
 from alfb_dist.distributed.topology import init_distributed
 from alfb_dist.engine.balancer import Balancer
 from alfb_dist.engine.ds_config import derive_ds_config, lr_schedule
-from alfb_dist.engine.initialize import initialize, quiet
+from alfb_dist.engine.initialize import quiet, start_engine
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.pretrained.importing import RELEASED
 from alfb_dist.report import NullReporter, Reporter, open_reporter
@@ -40,8 +40,6 @@ from alfb_dist.training.run_folder import (
     new_run_folder,
     write_config,
 )
-
-START_SECONDS = 120.0
 
 
 @dataclass
@@ -94,11 +92,6 @@ def _hosts(peers: Peers) -> list[str]:
     return [p.host if len(addresses[p.host]) == 1 else f"{p.host} ({p.address[0]})" for p in everyone]
 
 
-def start_patience(config: Config) -> float:
-    """How many seconds ranks wait for each other until training begins: they start and build at different speeds."""
-    return max(config.run.timeout_seconds, START_SECONDS)
-
-
 def _meet(config: Config, group: ProcessGroup) -> Peers:
     """The ranks know each other, and that they are to do the same."""
     peers = Peers(group.rank())
@@ -127,26 +120,18 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     model = build_model(config, resumed=newest is not None)
     num_parameters = count_parameters(model)
     layer_names = [block.name for block in moe_blocks(model)]
-    balance = config.balance
-    engine, balancer = initialize(
+    engine, balancer = start_engine(
         model,
         derive_ds_config(config, group.size()),
-        ep_degree=config.parallel.ep_degree,
-        rule=balance.rule,
-        rate=rate_schedule(balance.rate, warmup_steps=balance.warmup_steps, zero_at_step=balance.zero_at_step),
-        centered=balance.centered,
-        mode=bias_mode(config),
-        sequence_loss_alpha=balance.sequence_loss_alpha,
-        batch_loss_alpha=balance.batch_loss_alpha,
-        max_rows=config.parallel.max_rows,
-        timeout_seconds=start_patience(config),
+        sharding_of(config),
+        balancing_of(config),
         model_parameters=lambda sharded: parameter_groups(sharded, config.optimizer.weight_decay),
         lr_scheduler=lr_schedule(config),
     )
     run = Run(config, folder, engine, balancer, train_batches, validation_batches, device, group, NullReporter(), peers)
     _resume(run, newest, damaged)
     released = config.model.path or run.summary.get(RELEASED)
-    if released and balance.mode == "auto":
+    if released and config.balance.mode == "auto":
         balancer.modes = ["freeze"] * len(balancer.modes)
         run.notes.append(
             f'the biases of {released} stay as released (balance.mode = "auto"); '
@@ -156,13 +141,6 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     _show_grid(run, hosts)
     agreed(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
     return run
-
-
-def bias_mode(config: Config) -> str | tuple[str, ...]:
-    """The Balancer's mode: "auto" freezes the biases of a released model and trains those of a new one."""
-    if config.balance.mode != "auto":
-        return config.balance.mode
-    return "freeze" if config.model.path else "train"
 
 
 def _choose_folder(config: Config) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import nn
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 
 from alfb_dist.balance import metrics
-from alfb_dist.balance.update_rule import check_rule, rate_schedule
+from alfb_dist.config.settings import Balancing
 from alfb_dist.engine.autoep import watch_autoep
-from alfb_dist.engine.balancer import Balancer, check_mode
+from alfb_dist.engine.balancer import Balancer, rate_of
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.pretrained.origins import find_origins
 
@@ -42,11 +43,17 @@ class BalanceCallback(TrainerCallback, ExportableState):
         warmup_steps: int = 0,
         zero_at_step: int | None = None,
     ) -> None:
-        check_rule(rule, rate)
-        check_mode(mode)
-        self.schedule = rate_schedule(rate, warmup_steps=warmup_steps, zero_at_step=zero_at_step)
-        self.rule, self.rate, self.centered, self.mode = rule, rate, centered, mode
-        self.warmup_steps, self.zero_at_step = warmup_steps, zero_at_step
+        if callable(rate):
+            raise ValueError("rate must be a number, since Trainer saves it; see warmup_steps and zero_at_step")
+        self.balancing = Balancing(
+            rule=rule,
+            rate=rate,
+            centered=centered,
+            mode=mode if isinstance(mode, str) else list(mode),
+            warmup_steps=warmup_steps,
+            zero_at_step=zero_at_step,
+        )
+        rate_of(self.balancing)
         self.balancer: Balancer | None = None
         """Made as training begins."""
         self.saved: dict[str, Any] | None = None
@@ -65,7 +72,7 @@ class BalanceCallback(TrainerCallback, ExportableState):
                 "start one process for each GPU with torchrun, accelerate launch or deepspeed"
             )
         _move_before_reports(self)
-        self.balancer = Balancer(model, rule=self.rule, rate=self.schedule, centered=self.centered, mode=self.mode)
+        self.balancer = Balancer.from_settings(model, self.balancing)
         if state.global_step > 0:
             self._go_on(self.saved or _found(state, type(self).__name__))
 
@@ -100,15 +107,8 @@ class BalanceCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer writes into trainer_state.json; the biases too, since a cast may have rounded the model's."""
-        arguments = {
-            "rule": self.rule,
-            "rate": self.rate,
-            "centered": self.centered,
-            "mode": self.mode if isinstance(self.mode, str) else list(self.mode),
-            "warmup_steps": self.warmup_steps,
-            "zero_at_step": self.zero_at_step,
-        }
-        return {"args": arguments, "attributes": {"saved": None if self.balancer is None else _packed(self.balancer)}}
+        saved = None if self.balancer is None else _packed(self.balancer)
+        return {"args": asdict(self.balancing), "attributes": {"saved": saved}}
 
 
 def _packed(balancer: Balancer) -> dict[str, Any]:

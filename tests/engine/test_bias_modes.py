@@ -13,10 +13,10 @@ from support.tiny import biases, set_biases, tiny_batch, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from alfb_dist.config import ConfigError, config_to_toml, load_config, tables
-from alfb_dist.engine.balancer import MODES, Balancer
+from alfb_dist.config import ConfigError, config_to_toml, load_config
+from alfb_dist.config.settings import balancing_of
+from alfb_dist.engine.balancer import Balancer
 from alfb_dist.engine.initialize import initialize
-from alfb_dist.training.run import bias_mode
 
 RELEASED = torch.tensor([[5.001, 5.002, 5.003, 5.006], [35.5, 35.25, 35.125, 35.0]])
 LOAD_LE = torch.tensor([[10, 0, 0, 0], [5, 4, 3, 4]])
@@ -151,14 +151,14 @@ def configured(tmp_path: Path) -> Any:
 
 
 def test_released_model_is_frozen_and_a_new_one_trains_unless_told(configured: Any) -> None:
-    assert bias_mode(configured(path=True)) == "freeze"
-    assert bias_mode(configured(path=False)) == "train"
+    assert balancing_of(configured(path=True)).mode == "freeze"
+    assert balancing_of(configured(path=False)).mode == "train"
 
 
 @pytest.mark.parametrize("mode", ["train", "freeze", "recentre"])
 @pytest.mark.parametrize("path", [True, False])
 def test_named_mode_counts(configured: Any, path: bool, mode: str) -> None:
-    assert bias_mode(configured(path, f"balance.mode={mode}")) == mode
+    assert balancing_of(configured(path, f"balance.mode={mode}")).mode == mode
 
 
 def test_unknown_mode_is_named(configured: Any) -> None:
@@ -175,13 +175,13 @@ SPARSE += ["model.config.num_hidden_layers=3"]
 @pytest.mark.parametrize("sizes", [SIZES, SPARSE])
 def test_modes_by_layer_are_read_and_written(configured: Any, tmp_path: Path, sizes: list[str]) -> None:
     config = configured(False, *sizes, 'balance.mode=["freeze", "recentre"]')
-    assert bias_mode(config) == ("freeze", "recentre") and tables.MODES == MODES
+    assert balancing_of(config).mode == ("freeze", "recentre")
     (tmp_path / "again.toml").write_text(config_to_toml(config))
     assert load_config(tmp_path / "again.toml", []) == config
 
 
 def test_modes_by_layer_count_the_layers_of_a_released_model_too(configured: Any) -> None:
-    assert bias_mode(configured(True, 'balance.mode=["train", "freeze"]')) == ("train", "freeze")
+    assert balancing_of(configured(True, 'balance.mode=["train", "freeze"]')).mode == ("train", "freeze")
     with pytest.raises(ConfigError, match=r"balance.mode \(3 modes\) must name one for each of the 2 layers of"):
         configured(True, 'balance.mode=["train", "freeze", "train"]')
 

@@ -13,6 +13,8 @@ from support.tiny import tiny_model
 
 import alfb_dist
 from alfb_dist.config import ConfigError, load_config
+from alfb_dist.config.settings import Balancing, Sharding
+from alfb_dist.engine.balancer import rate_of
 from alfb_dist.engine.ds_config import (
     check_ds_config,
     derive_ds_config,
@@ -213,15 +215,20 @@ def test_a_key_that_deepspeed_would_pass_over_is_refused_in_a_dict_too() -> None
 
 
 def test_section_stands_for_arguments_and_must_not_contradict_them() -> None:
-    defaults = {"ep_degree": None, "rule": "sign", "rate": 1e-3, "mode": "train"}
-    given = {**defaults, "ep_degree": 2}
-    assert with_section({}, given, defaults) == given
-    assert with_section({"rule": "rms", "ep_degree": 2}, given, defaults) == {**given, "rule": "rms"}
+    sharding, balancing = Sharding(ep_degree=2), Balancing()
+    assert with_section(sharding, {}) == sharding and with_section(balancing, {}) == balancing
+    section = {"rule": "rms", "ep_degree": 2, "max_rows": 8}
+    assert with_section(balancing, section) == Balancing(rule="rms")
+    assert with_section(sharding, section) == Sharding(ep_degree=2, max_rows=8)
     with pytest.raises(ValueError, match=r"ep_degree \(2\) and alf_lb\.ep_degree \(4\) contradict"):
-        with_section({"ep_degree": 4}, given, defaults)
-    rate = with_section({"rate": 0.5, "warmup_steps": 2, "zero_at_step": 5, "mode": "auto"}, given, defaults)
-    assert [rate["rate"](step) for step in range(6)] == [0.25, 0.5, 0.5, 0.5, 0.5, 0.0]
-    assert rate["mode"] == "train"
+        with_section(sharding, {"ep_degree": 4})
+    with pytest.raises(ValueError, match=r"rule \('rms'\) and alf_lb\.rule \('sign'\) contradict"):
+        with_section(Balancing(rule="rms"), {"rule": "sign"})
+    scheduled = with_section(balancing, {"rate": 0.5, "warmup_steps": 2, "zero_at_step": 5, "mode": "auto"})
+    assert [rate_of(scheduled)(step) for step in range(6)] == [0.25, 0.5, 0.5, 0.5, 0.5, 0.0]
+    assert scheduled.mode == "train"
+    with pytest.raises(ValueError, match="rate is a function: leave warmup_steps and zero_at_step out"):
+        with_section(Balancing(rate=lambda step: 0.5), {"warmup_steps": 2})
     with pytest.raises(ConfigError, match=r"did you mean alf_lb\.rate\?"):
         read_ds_config({"alf_lb": {"rat": 1}})
 
@@ -234,8 +241,9 @@ def initialized(folder: str) -> tuple[Any, ...]:
     experts = next(m for m in engine.module.modules() if getattr(m, "grid", None) is not None)
     with pytest.raises(ValueError, match="ep_degree is missing"):
         alfb_dist.initialize(tiny_model(), {"train_micro_batch_size_per_gpu": 1})
-    return experts.grid.ep_degree, balancer.rule, balancer.rate, balancer.centered
+    return experts.sharding.ep_degree, experts.grid.ep_degree, balancer.balancing
 
 
 def test_initialize_takes_a_file_with_the_section(ranks: Any, tmp_path: Path) -> None:
-    assert ranks(2, initialized, str(tmp_path)) == [(2, "rms", 0.25, True)] * 2
+    expected = (2, 2, Balancing(rule="rms", rate=0.25, centered=True))
+    assert ranks(2, initialized, str(tmp_path)) == [expected] * 2

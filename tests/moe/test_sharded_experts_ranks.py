@@ -146,7 +146,7 @@ def test_refusals_come_before_any_collective_and_name_both_numbers(shards: list[
         "zero": "ep_degree must be an integer >= 1, got 0",
         "float": "ep_degree must be an integer >= 1, got 2.0",
         "text": "ep_degree must be an integer >= 1, got '2'",
-        "alpha": "loss coefficients must be >= 0, got 0.0 and -1.0",
+        "alpha": "batch_loss_alpha must be >= 0, got -1.0",
         "unfused": "model.layers.2.mlp.experts (ModuleList) are not fused SwiGLU experts (gate_up_proj, down_proj)",
     }
 

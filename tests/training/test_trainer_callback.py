@@ -206,6 +206,7 @@ def test_exported_model_has_the_trained_bias_in_float32(tmp_path: Path) -> None:
         ({"rate": -1.0}, "got -1.0"),
         ({"mode": "off"}, "got 'off'"),
         ({"warmup_steps": 2, "zero_at_step": 2}, "zero_at_step"),
+        ({"rate": lambda step: 0.5}, "rate must be a number"),
     ],
 )
 def test_argument_that_is_not_valid_is_refused_at_once(given: dict[str, Any], text: str) -> None:
