@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from alfb_dist.checkpoint import optimizer, tensors
 from alfb_dist.checkpoint.manifest import Manifest
+from alfb_dist.checkpoint.safetensors_file import first_keys
 from alfb_dist.engine.balancer import Balancer
 
 
@@ -19,18 +20,13 @@ def saved_kinds(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, s
     return kinds
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _compare_experts(saved: Mapping[str, list[str]], here: Mapping[str, int]) -> None:
     for layer, experts in here.items():
         if layer in saved and len(saved[layer]) != experts:
             raise ValueError(f"{layer} has {experts} experts here and {len(saved[layer])} in the save")
     if missing := here.keys() ^ saved.keys():
         where = "here but not in the save" if missing & here.keys() else "in the save but not here"
-        raise ValueError(f"MoE layers {where}: {_some(missing)}")
+        raise ValueError(f"MoE layers {where}: {first_keys(sorted(missing))}")
 
 
 def _compare_tensors(engine: Any, balancer: Balancer, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -43,15 +39,15 @@ def _compare_tensors(engine: Any, balancer: Balancer, saved: Mapping[str, Mappin
     extra = tensors.balance_tensors(model, balancer) | tensors.buffers(model, balancer)
     expected |= {key: tuple(tensor.shape) for key, tensor in extra.items()}
     if missing := expected.keys() - saved.keys():
-        raise ValueError(f"the save has no {_some(missing)}: it is of another model")
+        raise ValueError(f"the save has no {first_keys(sorted(missing))}: it is of another model")
     if surplus := saved.keys() - expected.keys():
-        raise ValueError(f"the save has {_some(surplus)}, which this model has not: it is of another model")
+        raise ValueError(f"the save has {first_keys(sorted(surplus))}, which this model lacks: it is of another model")
     for key, shape in expected.items():
         if (found := tuple(saved[key]["shape"])) != shape:
             raise ValueError(f"{key} is {found} in the save and {shape} here: it is of another model")
     frozen = [name for name, part in held.items() if part.group is None and len(kinds[name]) > 1]
     if frozen:
-        raise ValueError(f"parameters that the saved run trained are frozen here: {_some(frozen)}")
+        raise ValueError(f"parameters that the saved run trained are frozen here: {first_keys(sorted(frozen))}")
 
 
 def compare(engine: Any, balancer: Balancer, manifest: Manifest, small: Mapping[str, Any]) -> None:

@@ -55,8 +55,30 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """The folder is gone, or as much of it as could be removed."""
+    """Remove the directory, or as much of it as can be removed."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def start_folder(temporary: Path) -> Path:
+    """Make an empty directory in the place of what an earlier attempt left, and return it."""
+    if temporary.exists():
+        remove(temporary)
+    make_folder(temporary)
+    return temporary
+
+
+def publish_folder(temporary: Path, path: Path, replaced: Path) -> None:
+    """Rename a directory to `path`, in the place of what is there. Whenever this stops, the old or the new one exists.
+
+    replaced: where the old one waits until the new one has its name.
+    """
+    sync_folder(temporary)
+    if path.exists():
+        remove(replaced)
+        rename(path, replaced)
+    rename(temporary, path)
+    sync_folder(path.parent)
+    remove(replaced)
 
 
 class HashedFile:

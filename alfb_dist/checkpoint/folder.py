@@ -21,25 +21,12 @@ class SaveError(OSError):
 
 def start(path: Path) -> Path:
     """An empty folder in which the save that will be `path` can be written."""
-    tmp = aside(path)
-    if tmp.exists():
-        files.remove(tmp)
-    files.make_folder(tmp)
-    return tmp
+    return files.start_folder(aside(path))
 
 
 def publish(path: Path) -> None:
     """The save written beside `path` is there, on the disk; whenever this stops, it or what was there before is."""
-    tmp, old = aside(path), replaced(path)
-    files.sync_folder(tmp)
-    if path.exists():
-        if old.exists():
-            files.remove(old)
-        files.rename(path, old)
-    files.rename(tmp, path)
-    files.sync_folder(path.parent)
-    if old.exists():
-        files.remove(old)
+    files.publish_folder(aside(path), path, replaced(path))
     with contextlib.suppress(OSError):  # only a hint
         files.replace(path.parent / LATEST, f"{path.name}\n".encode())
 

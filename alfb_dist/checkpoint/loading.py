@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor
 
 from alfb_dist.checkpoint import manifest as manifests
@@ -19,6 +17,7 @@ from alfb_dist.checkpoint import optimizer, rng, tensors
 from alfb_dist.checkpoint.comparison import compare, saved_kinds
 from alfb_dist.checkpoint.folder import newest_good
 from alfb_dist.checkpoint.safetensors_file import tensor_bytes, torch_dtype
+from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
 from alfb_dist.checkpoint.saving import COUNTERS, between_steps
 from alfb_dist.checkpoint.share import STATE, rng_file
 from alfb_dist.checkpoint.verification import content_problems, size_problems
@@ -34,21 +33,14 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: manifests.Manifest) -> None:
         self.folder, self.tensors = folder, manifest["tensors"]
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+        self._readers: dict[str, SafetensorsReader] = {}
 
     def read(self, key: str) -> Tensor:
         """The tensor, on CPU. ValueError naming file and tensor if it is not what was saved."""
         name = self.tensors[key]["file"]
-        if name not in self._open:
-            self._open[name] = self._stack.enter_context(safe_open(self.folder / name, framework="pt"))
-        tensor = self._open[name].get_tensor(key).contiguous()
+        if name not in self._readers:
+            self._readers[name] = SafetensorsReader([self.folder / name])
+        tensor = self._readers[name].read(key)
         if xxhash.xxh3_128_hexdigest(tensor_bytes(tensor)) != self.tensors[key]["xxh3_128"]:
             raise ValueError(f"{self.folder / name}: {key} is not what was saved; it was whole a moment ago")
         return tensor
@@ -181,7 +173,8 @@ def load(engine: Any, balancer: Balancer, path: Path) -> dict[str, Any]:
     random = agreed(lambda: _read_random(path, manifest, group), group, ValueError)
 
     def change() -> None:
-        with torch.no_grad(), Reader(path, manifest) as reader:
+        reader = Reader(path, manifest)
+        with torch.no_grad():
             _fill(engine, reader, small)
             _set_counters(engine, small)
             _set_balance(engine, balancer, reader, small["balancer"]["num_steps"])

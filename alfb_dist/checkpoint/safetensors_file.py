@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -38,6 +38,12 @@ _BLOCK_BYTES = 4 << 20
 ALIGNMENT = 64
 """The first tensor of a file starts at a multiple of this. Products on CPU may differ in the last bit on memory that is
 aligned otherwise than torch's own, and who maps a file computes on the file's bytes where they lie."""
+
+
+def first_keys(keys: Iterable[str]) -> str:
+    """Return the first four keys and the number of the others, for a message."""
+    keys = list(keys)
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def dtype_name(dtype: Any) -> str:
@@ -88,14 +94,35 @@ def header_bytes(entries: Sequence[Entry], metadata: dict[str, str] | None = Non
     return len(text).to_bytes(8, "little") + text
 
 
+def start_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> HashedFile:
+    """Create a safetensors file of these entries and write its header; the tensors' bytes follow in their order."""
+    header = header_bytes(entries, metadata)
+    file = HashedFile(path, size=len(header) + sum(entry.bytes for entry in entries))
+    file.write(header)
+    return file
+
+
+def read_header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes before the tensors of a file, and each tensor's record in the header by key.
+
+    size: the file's. Raises ValueError if the header is not whole.
+    """
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > size - 8:
+        raise ValueError("its header does not fit into it")
+    start += file.read(length)
+    records: dict[str, Any] = json.loads(start[8:])
+    records.pop("__metadata__", None)
+    return start, records
+
+
 class SafetensorsWriter:
     """A safetensors file that takes its tensors one by one, in the order of its entries."""
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        header = header_bytes(entries)
         self.path, self._entries = path, list(entries)
-        self._file = HashedFile(path, size=len(header) + sum(entry.bytes for entry in entries))
-        self._file.write(header)
+        self._file = start_file(path, entries)
         self.tensors: dict[str, dict[str, Any]] = {}
         """The manifest entries of the tensors written so far, by key."""
 
@@ -127,6 +154,15 @@ class SafetensorsWriter:
         self._file.close()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, int | str], dict[str, dict[str, Any]]]:
+    """Write a safetensors file; return the manifest's entries of the file and of the tensors by key."""
+    entries = [Entry(key, dtype_name(x.dtype), tuple(x.shape)) for key, x in tensors.items()]
+    writer = SafetensorsWriter(path, entries)
+    for key, tensor in tensors.items():
+        writer.put(key, tensor.cpu().contiguous())
+    return writer.finish(), writer.tensors
+
+
 @dataclass(frozen=True)
 class Scan:
     """What a file was found to hold: the hash of the whole, and each tensor's type, shape and hash by key."""
@@ -148,14 +184,10 @@ def scan(path: Path) -> Scan:
     """The file's hashes, read once from front to back. ValueError if it is not a whole safetensors file."""
     whole, tensors = xxhash.xxh3_128(), {}
     with open(path, "rb") as file:
-        length = file.read(8)
-        whole.update(length)
-        text = b"".join(_blocks(file, min(int.from_bytes(length, "little"), path.stat().st_size)))
-        whole.update(text)
-        header = json.loads(text)
-        header.pop("__metadata__", None)
+        start, records = read_header(file, path.stat().st_size)
+        whole.update(start)
         end = 0
-        for key, found in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for key, found in sorted(records.items(), key=lambda item: item[1]["data_offsets"]):
             entry = Entry(key, found["dtype"], tuple(found["shape"]))
             if min(entry.shape, default=0) < 0 or found["data_offsets"] != [end, end + entry.bytes]:
                 raise ValueError(f"{key} does not lie where its header says")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from alfb_dist.checkpoint import files, manifest, rng
-from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter, dtype_name
+from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter, write_tensors
 
 MAX_FILE_BYTES = 1 << 30
 """No tensor file is larger, unless one tensor is."""
@@ -68,13 +68,9 @@ class Share:
         self._json(rng_file(self.rank), rng.capture())
         if self.rank == 0:
             self._json(STATE, state)
-            wide_first = sorted(balance.items(), key=lambda item: -item[1].element_size())
-            entries = [Entry(key, dtype_name(x.dtype), tuple(x.shape)) for key, x in wide_first]
-            writer = SafetensorsWriter(self.folder / BALANCE, entries)
-            for key, tensor in wide_first:
-                writer.put(key, tensor.cpu().contiguous())
-            self.files[BALANCE] = writer.finish()
-            self.tensors |= writer.tensors
+            wide_first = dict(sorted(balance.items(), key=lambda item: -item[1].element_size()))
+            self.files[BALANCE], tensors = write_tensors(self.folder / BALANCE, wide_first)
+            self.tensors |= tensors
 
     def _json(self, name: str, value: Any) -> None:
         self.files[name] = files.write_file(self.folder / name, manifest.to_json(value).encode())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import manifest, verify
+from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
 from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of
-from alfb_dist.pretrained.source import Source
 
 
 class CheckpointWeights:
@@ -24,7 +24,7 @@ class CheckpointWeights:
         if problems := verify(checkpoint):
             raise ValueError(problems[0])
         names = manifest.read(checkpoint)["files"]
-        self._source = Source(checkpoint / name for name in names if name.endswith(".safetensors"))
+        self._reader = SafetensorsReader(checkpoint / name for name in names if name.endswith(".safetensors"))
         self._experts = expert_counts(template)
         self._shapes = shapes_of(template)
         for name, shape in self._shapes.items():
@@ -34,7 +34,7 @@ class CheckpointWeights:
         """Selection biases, other than 0, for which the family has no place."""
 
     def _check(self, checkpoint: Path, key: str, shape: tuple[int, ...]) -> None:
-        stored = self._source.tensors.get(key)
+        stored = self._reader.tensors.get(key)
         if stored is None:
             raise ValueError(f"{checkpoint} has no {key}: it is of another model than the configuration")
         if torch.Size(stored.shape).numel() != torch.Size(shape).numel():
@@ -43,7 +43,7 @@ class CheckpointWeights:
     def _key(self, name: str) -> str:
         kinds = ("bias",) if is_bias(name) else ("weight", "buffer")
         return next(
-            (k for k in (f"{kind}/{name}" for kind in kinds) if k in self._source.tensors), f"{kinds[0]}/{name}"
+            (k for k in (f"{kind}/{name}" for kind in kinds) if k in self._reader.tensors), f"{kinds[0]}/{name}"
         )
 
     def _keys(self, name: str) -> list[str]:
@@ -52,9 +52,9 @@ class CheckpointWeights:
         return [f"weight/{name}/{e}" for e in range(self._experts[name])]
 
     def _homeless(self) -> dict[str, Tensor]:
-        keys = [key for key in self._source.tensors if key.startswith("bias/")]
+        keys = [key for key in self._reader.tensors if key.startswith("bias/")]
         extra = [key for key in keys if key.removeprefix("bias/") not in self._shapes]
-        found = {key.removeprefix("bias/"): self._source.read(key) for key in extra}
+        found = {key.removeprefix("bias/"): self._reader.read(key) for key in extra}
         return {name: bias for name, bias in found.items() if bool(bias.any())}
 
     @property
@@ -64,7 +64,7 @@ class CheckpointWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type that a tensor is stored in."""
-        return self._source.tensors[self._keys(name)[0]].dtype
+        return self._reader.tensors[self._keys(name)[0]].dtype
 
     def fill(self, destination: Tensor, name: str, first: int = 0) -> None:
         """The destination, contiguous, holds the rows of a tensor from `first` on, cast to its own type.
@@ -74,10 +74,10 @@ class CheckpointWeights:
         if name not in self._experts:
             key = self._key(name)
             flat = is_bias(name)  # (E,) here, whatever its shape in the family
-            self._source.copy_rows(destination.view(-1) if flat else destination, key, first)
+            self._reader.copy_rows(destination.view(-1) if flat else destination, key, first)
             return
         for expert, row in enumerate(destination, first):
             if expert < self._experts[name]:
-                self._source.copy_rows(row, f"weight/{name}/{expert}")
+                self._reader.copy_rows(row, f"weight/{name}/{expert}")
             else:
                 row.zero_()

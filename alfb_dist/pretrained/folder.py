@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from alfb_dist.checkpoint.safetensors_file import write_tensors
+from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
 from alfb_dist.pretrained.fp8 import FLOAT8, block_size
-from alfb_dist.pretrained.source import Source
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SIDECAR = "alfb_bias.safetensors"
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> tuple[Any, tuple[int, int]]:
     return config, block
 
 
-def choose_dtype(dtype: torch.dtype | str | None, config: Any, source: Source) -> torch.dtype:
+def choose_dtype(dtype: torch.dtype | str | None, config: Any, reader: SafetensorsReader) -> torch.dtype:
     """The type asked for, or that of the configuration, or that of the files' first float tensor."""
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype.removeprefix("torch."), None)
@@ -96,7 +96,7 @@ def choose_dtype(dtype: torch.dtype | str | None, config: Any, source: Source) -
         return dtype
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    floats = (s.dtype for s in source.tensors.values() if s.dtype.is_floating_point)
+    floats = (s.dtype for s in reader.tensors.values() if s.dtype.is_floating_point)
     first = next(floats, torch.float32)
     return torch.bfloat16 if first == FLOAT8 else first
 
@@ -142,15 +142,12 @@ def write_small_files(folder: Path, model: Any, dtype: torch.dtype, origin: Path
 
 def write_sidecar(folder: Path, biases: dict[str, Tensor]) -> None:
     """The folder has these biases, float32, in a file of their own."""
-    writer = SafetensorsWriter(folder / SIDECAR, [Entry(n, "F32", tuple(x.shape)) for n, x in biases.items()])
-    for name, bias in biases.items():
-        writer.put(name, bias)
-    writer.finish()
+    write_tensors(folder / SIDECAR, biases)
 
 
 def read_sidecar(folder: Path) -> dict[str, Tensor]:
     """The biases that lie beside a model in its folder, by name; none if there is no such file."""
     if not (folder / SIDECAR).is_file():
         return {}
-    source = Source([folder / SIDECAR])
-    return {name: source.read(name) for name in source.tensors}
+    reader = SafetensorsReader([folder / SIDECAR])
+    return {name: reader.read(name) for name in reader.tensors}

@@ -21,7 +21,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     ValueError if tensors are missing, unknown or mis-shaped: a folder that is described can be read.
     """
     template, weights, _ = open_model(folder)
-    stored = weights.source.tensors.values()
+    stored = weights.reader.tensors.values()
     types = {name: sum(s.bytes for s in stored if s.dtype == name) for name in {s.dtype for s in stored}}
     counts = expert_counts(template)
     found = {

@@ -25,7 +25,7 @@ from alfb_dist.pretrained.folder import (
     read_sidecar,
 )
 from alfb_dist.pretrained.names import float32_names, is_bias
-from alfb_dist.pretrained.source import open_folder
+from alfb_dist.pretrained.weight_files import open_folder
 from alfb_dist.pretrained.weights import FolderWeights, ModelWeights
 
 
@@ -102,11 +102,11 @@ def open_model(
 
     ValueError for whatever is wrong with the folder.
     """
-    source = open_folder(folder)
+    reader = open_folder(folder)
     config, block = read_config(folder)
-    dtype = choose_dtype(dtype, config, source)
+    dtype = choose_dtype(dtype, config, reader)
     model = meta_model(config, dtype, attn_implementation)
-    weights = FolderWeights(source, model, block, part=type(model.config) is not type(config))
+    weights = FolderWeights(reader, model, block, part=type(model.config) is not type(config))
     if unequal := weights.unequal_tied(model.all_tied_weights_keys):
         raise ValueError(
             f"{unequal[0]} is tied by the configuration, but has values of its own in {folder}: "

@@ -15,7 +15,7 @@ from alfb_dist.moe.parallelize import parallelize
 from alfb_dist.pretrained.folder import SIDECAR, foreign_type, meta_model, read_sidecar, read_values
 from alfb_dist.pretrained.loading import homeless_biases, open_model, put_biases, read_common, read_experts
 from alfb_dist.pretrained.names import is_bias
-from alfb_dist.pretrained.source import open_folder
+from alfb_dist.pretrained.weight_files import open_folder
 from alfb_dist.pretrained.weights import ModelWeights
 
 SEQUENCE = 128

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from alfb_dist.pretrained.source import Stored
+from alfb_dist.checkpoint.safetensors_reader import Stored
 
 METHOD, BLOCKS, SCALES, NUMBERS, BYTES = "mxfp4", "_blocks", "_scales", 32, 16
 FLOAT4 = torch.float4_e2m1fn_x2

@@ -7,7 +7,6 @@ and the joining of rows are known here; a family that needs another is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import conversion_mapping as tables
@@ -51,12 +50,6 @@ def expert_counts(template: Any) -> dict[str, int]:
         for block in moe_blocks(template)
         for name, _ in block.module.experts.named_parameters()
     }
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def family_tables(template: Any, *, legacy: bool) -> tuple[list[Any], list[Any]]:

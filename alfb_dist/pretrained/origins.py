@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import core_model_loading as conversions
 
+from alfb_dist.checkpoint.safetensors_file import first_keys
 from alfb_dist.pretrained.names import (
     Shape,
     added_shapes,
@@ -16,7 +17,6 @@ from alfb_dist.pretrained.names import (
     family_tables,
     is_known,
     plain,
-    some,
     stacks,
 )
 
@@ -150,13 +150,13 @@ def find_origins(template: Any, tensors: Mapping[str, Shape], *, part: bool = Fa
         sorted_names.extra = [n for n in sorted_names.extra if n.startswith(f"{template.base_model_prefix}.")]
     extra = sorted(set(sorted_names.extra) - _ignored(template, sorted_names.extra, "unexpected"))
     if missing or extra:
-        parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]
+        parts = [f"{word} {first_keys(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]
         raise ValueError(f"these are not the tensors of {type(template).__name__}: the folder {'; it '.join(parts)}")
     wrong = [
         line for target, origin in found.items() for line in _misfits(sorted_names.shapes[target], origin, tensors)
     ]
     if wrong:
-        raise ValueError(f"tensors do not fit {type(template).__name__}: {some(wrong)}")
+        raise ValueError(f"tensors do not fit {type(template).__name__}: {first_keys(wrong)}")
     return found
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import core_model_loading as conversions
 
-from alfb_dist.pretrained.names import Shape, family_tables, is_known, plain, shapes_of, some, stacks
+from alfb_dist.checkpoint.safetensors_file import first_keys
+from alfb_dist.pretrained.names import Shape, family_tables, is_known, plain, shapes_of, stacks
 
 LAYOUTS = ("auto", "fused", "per_expert")
 
@@ -93,4 +94,4 @@ def _check_outputs(template: Any, found: dict[str, Shape], shapes: dict[str, Sha
     if found != expected:
         wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
         family = type(template).__name__
-        raise ValueError(f"{family} is written in a way that is not supported ({some(wrong)}); layout 'fused' is")
+        raise ValueError(f"{family} is written in a way that is not supported ({first_keys(wrong)}); layout 'fused' is")

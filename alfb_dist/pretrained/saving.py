@@ -26,6 +26,7 @@ from alfb_dist.pretrained.writing import (
     cut,
     publish_folder,
     start_folder,
+    temporary_folder,
     write_index,
 )
 
@@ -68,7 +69,7 @@ def save_pretrained(
     first = group_rank(group) == 0
     plan = agreed(lambda: _plan(model_or_engine, layout, masters, bias_sidecar, max_shard_bytes), group, ValueError)
     agreed(lambda: start_folder(path, overwrite=overwrite) if first else None, group, ValueError)
-    tmp = path.with_name(f"{path.name}.tmp")
+    tmp = temporary_folder(path)
     try:
         failure = _write(plan, tmp, group)
         agreed(lambda: _raise(failure), group, OSError)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files
-from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, header_bytes, tensor_bytes
+from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, start_file, tensor_bytes
 from alfb_dist.pretrained.outputs import Output, Piece
-from alfb_dist.pretrained.source import INDEX, WEIGHTS
+from alfb_dist.pretrained.weight_files import INDEX, WEIGHTS
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -70,9 +70,7 @@ class ShardFile:
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         entries = [entry for _, entry in shard.outputs]
-        header = header_bytes(entries, {"format": "pt"})  # transformers asks for the format
-        self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
-        self._file.write(header)
+        self._file = start_file(folder / shard.name, entries, {"format": "pt"})  # transformers asks for the format
         self._finish_if_whole()
 
     def put(self, values: Tensor) -> bool:
@@ -112,6 +110,11 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         files.write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
+def temporary_folder(path: Path) -> Path:
+    """Return the directory in which the model is written that will be `path`."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 def start_folder(path: Path, *, overwrite: bool) -> Path:
     """An empty folder beside `path`, to be published as it. ValueError if `path` holds something and may not go."""
     if path.exists() and not path.is_dir():
@@ -121,25 +124,14 @@ def start_folder(path: Path, *, overwrite: bool) -> Path:
             raise ValueError(f"{path} is not empty: give another path, or overwrite=True to replace it")
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is not empty and holds no model: it will not be replaced")
-    tmp = path.with_name(f"{path.name}.tmp")
-    if tmp.exists():
-        files.remove(tmp)
-    files.make_folder(tmp)
-    return tmp
+    return files.start_folder(temporary_folder(path))
 
 
 def publish_folder(path: Path) -> None:
-    """The folder written beside `path` is there, on the disk, under its name."""
-    tmp, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
-    for file in tmp.iterdir():
+    """Rename the temporary directory to `path`, with all that is in it on the disk."""
+    temporary = temporary_folder(path)
+    for file in temporary.iterdir():
         if file.is_file():
             with open(file, "rb") as written:
                 files.sync(written)
-    files.sync_folder(tmp)
-    if path.exists():
-        if old.exists():
-            files.remove(old)
-        files.rename(path, old)
-    files.rename(tmp, path)
-    files.sync_folder(path.parent)
-    files.remove(old)
+    files.publish_folder(temporary, path, path.with_name(f"{path.name}.old"))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_runs import refusal
+from support.hub_folders import assert_same, loaded, mixtral
 from support.tiny import random_biases, set_biases, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import alfb_dist
 from alfb_dist.cli import main
@@ -31,17 +32,6 @@ def write(folder: Path, *, hub: bool = True) -> dict[str, Tensor]:
     model.save_pretrained(folder, save_original_format=hub)
     (folder / "tokenizer.json").write_text("{}")
     return {name: x.clone() for name, x in model.state_dict().items()}
-
-
-def loaded(folder: Path) -> dict[str, Tensor]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    return dict(model.state_dict())
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
 
 
 def change(folder: Path, name: str, by: float) -> None:
@@ -169,9 +159,7 @@ def test_inspect_tells_layout_types_and_whether_biases_were_rounded(
 
 
 def test_added_bias_goes_from_its_sidecar_into_a_checkpoint_and_back(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "plain")
+    mixtral().save_pretrained(tmp_path / "plain")
     model = alfb_dist.from_pretrained(tmp_path / "plain", ep_degree=1)
     model.model.layers[1].mlp.gate.selection_bias.copy_(torch.tensor([0.5, -0.25, 0.0, 0.125]))
     with pytest.warns(UserWarning, match="routes without"):

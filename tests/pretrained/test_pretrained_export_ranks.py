@@ -13,23 +13,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.checkpoint_runs import make, refusal, train
+from support.hub_folders import loaded, opened_readers
 from support.ranks import run_ranks
 from support.tiny import tiny_model
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import alfb_dist
 from alfb_dist import checkpoint
-from alfb_dist.checkpoint import files
-from alfb_dist.pretrained import from_hf, source, to_hf
+from alfb_dist.checkpoint import files, safetensors_reader
+from alfb_dist.pretrained import from_hf, to_hf
 
 ENGINES = [(0, False), (0, True), (1, True), (2, False), (2, True)]
 """(ZeRO stage, whether bfloat16)."""
-
-
-def loaded(folder: Path) -> dict[str, Tensor]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    return dict(model.state_dict())
 
 
 def write_engines(folder: Path) -> None:
@@ -73,7 +67,9 @@ def test_masters_are_those_of_the_checkpoint_and_the_model_is_these_rounded(
     assert bias.any() and (not bf16 or not torch.equal(bias, bias.bfloat16().float()))
 
 
-def test_fused_8_bit_weights_are_dequantised_and_written_in_bfloat16(tmp_path: Path) -> None:
+def test_fused_8_bit_weights_are_dequantised_and_written_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks of 16 x 16 of every expert; each value is its number times the scale of its block, taken one by one."""
     tiny_model(3).save_pretrained(tmp_path / "in", save_original_format=False)
     tensors = load_file(tmp_path / "in" / "model.safetensors")
@@ -90,12 +86,9 @@ def test_fused_8_bit_weights_are_dequantised_and_written_in_bfloat16(tmp_path: P
     config = json.loads((tmp_path / "in" / "config.json").read_text())
     config |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}, "dtype": "bfloat16"}
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    source.BLOCK_BYTES, kept = 1000, source.BLOCK_BYTES  # so that an expert is read at a time
-    try:
-        found = alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1, dtype="float32").state_dict()[name]
-        save = from_hf(tmp_path / "in", tmp_path / "run")
-    finally:
-        source.BLOCK_BYTES = kept
+    monkeypatch.setattr(safetensors_reader, "BLOCK_BYTES", 1000)  # so that an expert is read at a time
+    found = alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1, dtype="float32").state_dict()[name]
+    save = from_hf(tmp_path / "in", tmp_path / "run")
     assert torch.equal(found, expected)
     to_hf(save, tmp_path / "out", tiny_model().config)
     assert torch.equal(loaded(tmp_path / "out")[name], expected)
@@ -148,11 +141,9 @@ def test_full_disk_ends_a_conversion_without_a_trace(tmp_path: Path, monkeypatch
 
 def refused_sizes(folder: Path) -> tuple[str, int]:
     """The refusal, and how many bytes of tensors were read before."""
-    opened: list[Any] = []
-    inner = source.Source.__init__
-    source.Source.__init__ = lambda self, paths: (opened.append(self), inner(self, paths))[1]  # type: ignore
-    message = refusal(lambda: alfb_dist.from_pretrained(folder, ep_degree=2))
-    return message, sum(s.bytes_read for s in opened)
+    with opened_readers() as opened:
+        message = refusal(lambda: alfb_dist.from_pretrained(folder, ep_degree=2))
+    return message, sum(reader.bytes_read for reader in opened)
 
 
 def test_indivisible_sizes_are_refused_before_a_tensor_is_read(tmp_path: Path) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_runs import make, refusal, train
+from support.hub_folders import assert_same, loaded, mixtral, opened_readers
 from support.ranks import run_ranks
 from support.tiny import random_biases, set_biases, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import alfb_dist
 from alfb_dist.cli import main
@@ -27,18 +26,6 @@ def write(folder: Path, *, hub: bool = True, size: str = "5GB") -> dict[str, Ten
     model.save_pretrained(folder, save_original_format=hub, max_shard_size=size)
     (folder / "tokenizer.json").write_text("{}")
     return {name: x.clone() for name, x in model.state_dict().items()}
-
-
-def loaded(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """What transformers reads from the folder."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return dict(model.state_dict())
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -148,17 +135,8 @@ def test_block_fp8_is_dequantised(tmp_path: Path) -> None:
 
 def read_share(folder: Path) -> tuple[int, int]:
     """(bytes of the model on this rank, bytes of tensors that it read)."""
-    from alfb_dist.pretrained import source
-
-    opened: list[Any] = []
-    inner = source.Source.__init__
-
-    def init(self: Any, paths: Any) -> None:
-        opened.append(self)
-        inner(self, paths)
-
-    source.Source.__init__ = init  # type: ignore[method-assign]
-    model = alfb_dist.from_pretrained(folder, ep_degree=2)
+    with opened_readers() as opened:
+        model = alfb_dist.from_pretrained(folder, ep_degree=2)
     return sum(x.numel() * x.element_size() for x in model.state_dict().values()), opened[0].bytes_read
 
 
@@ -190,12 +168,6 @@ def test_export_of_a_checkpoint_equals_that_of_its_engine(tmp_path: Path) -> Non
     save = tmp_path / "checkpoints" / "step-00000002"
     assert main(["checkpoint", "to-hf", str(save), str(tmp_path / "command")]) == 0
     assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "engine" / name).read_bytes()
-
-
-def mixtral() -> MixtralForCausalLM:
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
 
 
 def save_mixtral(folder: Path) -> None:

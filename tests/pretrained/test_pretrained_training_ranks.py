@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.checkpoint_runs import refusal
+from support.hub_folders import opened_readers
 from support.ranks import run_ranks
 from support.tiny import biases, random_biases, set_biases, tiny_batch, tiny_model
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ import alfb_dist
 from alfb_dist.cli import main
 from alfb_dist.config import Config, ConfigError, load_config
 from alfb_dist.engine.initialize import quiet
-from alfb_dist.pretrained import from_hf, source
+from alfb_dist.pretrained import from_hf
 from alfb_dist.training import loop as loop
 from alfb_dist.training import run as runs
 
@@ -135,11 +136,9 @@ def test_imported_biases_freeze_unless_a_mode_is_named_and_are_recentred_if_aske
 
 def sizes_of_start(folder: Path) -> tuple[int, int]:
     """(bytes that this rank reads of the folder for a run, bytes of its largest parameter)."""
-    read: list[Any] = []
-    inner = source.Source.__init__
-    source.Source.__init__ = lambda self, paths: (read.append(self), inner(self, paths))[1]  # type: ignore
-    run = runs.start(load_config(folder / "on.toml", world_size=2))
-    return sum(s.bytes_read for s in read), max(p.numel() * 4 for p in run.engine.module.parameters())
+    with opened_readers() as opened:
+        run = runs.start(load_config(folder / "on.toml", world_size=2))
+    return sum(reader.bytes_read for reader in opened), max(p.numel() * 4 for p in run.engine.module.parameters())
 
 
 def test_rank_of_a_run_reads_its_share_only(tmp_path: Path) -> None:

@@ -11,17 +11,9 @@ import torch
 import xxhash
 
 from alfb_dist.checkpoint import files, folder, manifest
-from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from alfb_dist.checkpoint.safetensors_file import write_tensors
 
 LAYER = "model.layers.1.mlp.experts"
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A safetensors file and its entries in the manifest's `files` and `tensors`."""
-    writer = SafetensorsWriter(path, [Entry(key, "F32", tuple(x.shape)) for key, x in tensors.items()])
-    for key, x in tensors.items():
-        writer.put(key, x)
-    return {path.name: writer.finish()}, writer.tensors
 
 
 def fabricate(checkpoints: Path, step: int) -> Path:
@@ -32,12 +24,15 @@ def fabricate(checkpoints: Path, step: int) -> Path:
     parameters = (f"{LAYER}.down_proj", f"{LAYER}.gate_up_proj")
     experts = {f"weight/{name}/{e}": torch.randn(3, 4) for e in (0, 1) for name in parameters}
     dense = {"weight/model.norm.weight": torch.randn(5), "exp_avg/model.norm.weight": torch.randn(5)}
-    listed, tensors = write_tensors(tmp / "tensors-00000-000.safetensors", experts | dense)
-    bias_file, bias = write_tensors(tmp / "balance.safetensors", {"bias/model.layers.1.mlp.gate.bias": torch.randn(2)})
+    listed: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    biases = {"bias/model.layers.1.mlp.gate.bias": torch.randn(2)}
+    for name, held in (("tensors-00000-000.safetensors", experts | dense), ("balance.safetensors", biases)):
+        listed[name], written = write_tensors(tmp / name, held)
+        tensors |= written
     small = {"state.json": {"state": {"seed": step}}, "rng-00000.json": {"python": [3, [1, 2, 3], None]}}
     for name, value in small.items():
         listed[name] = files.write_file(tmp / name, manifest.to_json(value).encode())
-    tensors |= bias
     body = {
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
@@ -45,7 +40,7 @@ def fabricate(checkpoints: Path, step: int) -> Path:
         "topology": {"world_size": 1, "ep_degree": 1, "zero_stage": 1},
         "config_hash": "0123",
         "versions": {"alfb_dist": "0.1.0"},
-        "files": listed | bias_file,
+        "files": listed,
         "tensors": tensors,
         "experts": manifest.fingerprints(tensors, {LAYER: 2}),
     }
