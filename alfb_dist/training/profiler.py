@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from alfb_dist.moe.shared_experts import NAMES as SHARED_EXPERTS
 from alfb_dist.training.trace import as_text, mark_backward, where_time_goes
 
 MAX_WAIT, MAX_ACTIVE = 3, 3
@@ -27,7 +28,7 @@ def phases(steps: int) -> tuple[int, int, int]:
 def mark_shared_experts(model: nn.Module) -> None:
     """The forward of each block's shared experts is a range. They are the family's own: hooks mark it."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("shared_experts", "shared_expert"):
+        if name.rpartition(".")[2] in SHARED_EXPERTS:
             _mark(module, "shared")
 
 

@@ -181,7 +181,9 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()) and not model.shared_experts._forward_hooks
 
 
-def test_only_shared_experts_are_hooked() -> None:
-    model = nn.ModuleDict({"mlp": Block(), "head": nn.Linear(4, 4)})
+@pytest.mark.parametrize("name", ["shared_experts", "shared_expert", "shared_mlp"])
+def test_only_shared_experts_are_hooked_under_each_of_their_names(name: str) -> None:
+    block = nn.ModuleDict({name: nn.ModuleDict({"up_proj": nn.Linear(4, 4)}), "gate": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"mlp": block, "head": nn.Linear(4, 4)})
     mark_shared_experts(model)
-    assert [name for name, m in model.named_modules() if m._forward_hooks] == ["mlp.shared_experts"]
+    assert [found for found, m in model.named_modules() if m._forward_hooks] == [f"mlp.{name}"]
