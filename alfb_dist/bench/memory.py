@@ -64,11 +64,11 @@ def kept_bytes(run: Run, not_counted: Iterable[Tensor]) -> int:
 def peak_bytes(run: Run) -> int:
     """Return the most bytes that a forward and its backward had allocated at a time, beyond those before.
 
-    The peaks of torch and of the arena are added, an upper bound if they do not fall together.
+    Torch's and the arena's are counted apart and added, which is too much if they are not most at the same time.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "trace.json")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
         arena.grown()
         with profile(activities=activities, profile_memory=True) as recorded:
             run.backward(run.forward())

@@ -133,16 +133,16 @@ def test_kept_bytes_count_saved_tensors_and_attributes_once_and_no_parameters() 
     assert kept(lambda: _Keeps.apply(x)) == 50 * 4
 
 
-def test_peak_includes_the_arena() -> None:
-    earlier = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, not counted
+def test_the_peak_counts_what_lies_in_the_arena() -> None:
+    held = arena.empty((1 << 20,), torch.empty(0))  # 4 MiB, there before
 
     def forward() -> Tensor:
         arena.empty((4 << 20,), torch.empty(0))
         return arena.empty((1 << 20,), torch.empty(0))
 
-    for _ in range(2):  # with new blocks, then with reused ones
+    for _ in range(2):  # with blocks that are made, and with those that were kept
         assert memory.peak_bytes(Run(forward, lambda out: None)) == pytest.approx(16 << 20, rel=0.01)
-    assert earlier.numel()
+    assert held.numel()
 
 
 def test_peak_is_what_was_allocated_at_the_same_time() -> None:
