@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, group_rank, world_group
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.moe.parallelize import check_parallelizable, parallelize
@@ -49,9 +49,9 @@ def from_pretrained(
     read, naming those that are missing, unknown or mis-shaped; and where `parallelize` does.
     """
     folder, group = Path(path), world_group()
-    model, weights, dtype = agreed(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
+    model, weights, dtype = on_every_rank(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
     _read_share(model, weights, dtype, ep_degree, group, options)
-    agreed(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
+    on_every_rank(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
@@ -61,10 +61,10 @@ def _read_share(
     model: Any, weights: ModelWeights, dtype: torch.dtype, ep_degree: int, group: Group, options: dict[str, Any]
 ) -> None:
     """The model, made without memory, is parallelised and has this rank's share of the weights; collective."""
-    agreed(lambda: check_parallelizable(model, ep_degree), group, ValueError)
-    agreed(lambda: read_common(model, weights, dtype), group, ValueError)
+    on_every_rank(lambda: check_parallelizable(model, ep_degree), group, ValueError)
+    on_every_rank(lambda: read_common(model, weights, dtype), group, ValueError)
     parallelize(model, ep_degree=ep_degree, **options)
-    agreed(lambda: read_experts(model, weights), group, ValueError)
+    on_every_rank(lambda: read_experts(model, weights), group, ValueError)
 
 
 class _NoWeights:
