@@ -25,7 +25,7 @@ ORDER = """
 """.split()
 """The packages, from left to right. A new one takes its place here."""
 
-HOLDS_COLLECTIVES = {"alfb_dist.distributed.collectives", "alfb_dist.distributed.topology"}
+HOLDS_COLLECTIVES = {"alfb_dist.distributed.collectives"}
 
 # What any file may use of torch.distributed: questions about a process and its groups, none of which communicates.
 HARMLESS = {

@@ -21,7 +21,7 @@ from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
 from alfb_dist.checkpoint.saving import COUNTERS, between_steps
 from alfb_dist.checkpoint.share import STATE, rng_file
 from alfb_dist.checkpoint.verification import content_problems, size_problems
-from alfb_dist.distributed.agreement import agreed, first_ranks
+from alfb_dist.distributed.agreement import first_ranks, on_every_rank
 from alfb_dist.distributed.collectives import Group, broadcast_object, group_rank, size, world_group
 from alfb_dist.engine.balancer import Balancer
 
@@ -165,12 +165,12 @@ def load(engine: Any, balancer: Balancer, path: Path) -> dict[str, Any]:
     """
     group = world_group()
     manifest, small = broadcast_object(
-        agreed(lambda: _read_small(path) if group_rank(group) == 0 else None, group, ValueError), group
+        on_every_rank(lambda: _read_small(path) if group_rank(group) == 0 else None, group, ValueError), group
     )
-    agreed(lambda: _check_files(path, manifest, group), group, ValueError)
-    agreed(lambda: compare(engine, balancer, manifest, small), group, ValueError)
-    agreed(lambda: between_steps(balancer), group, ValueError)
-    random = agreed(lambda: _read_random(path, manifest, group), group, ValueError)
+    on_every_rank(lambda: _check_files(path, manifest, group), group, ValueError)
+    on_every_rank(lambda: compare(engine, balancer, manifest, small), group, ValueError)
+    on_every_rank(lambda: between_steps(balancer), group, ValueError)
+    random = on_every_rank(lambda: _read_random(path, manifest, group), group, ValueError)
 
     def change() -> None:
         reader = Reader(path, manifest)
@@ -179,9 +179,9 @@ def load(engine: Any, balancer: Balancer, path: Path) -> dict[str, Any]:
             _set_counters(engine, small)
             _set_balance(engine, balancer, reader, small["balancer"]["num_steps"])
 
-    agreed(change, group, RuntimeError)
+    on_every_rank(change, group, RuntimeError)
     optimizer.refresh_model(engine)
-    agreed(lambda: _set_random(random, path, manifest, group), group, RuntimeError)
+    on_every_rank(lambda: _set_random(random, path, manifest, group), group, RuntimeError)
     state: dict[str, Any] = small["state"]
     return state
 

@@ -19,7 +19,7 @@ from alfb_dist.checkpoint.safetensors_file import dtype_name
 from alfb_dist.checkpoint.share import Share
 from alfb_dist.checkpoint.write_order import batches, items
 from alfb_dist.config.provenance import versions
-from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, all_equal, barrier, gather_objects, group_rank, size, world_group
 from alfb_dist.engine.balancer import Balancer
 
@@ -161,14 +161,14 @@ def save(
         raise ValueError(f"keep must be at least 1, got {keep}")
     group = world_group()
     first, path = group_rank(group) == 0, step_folder(folder, step)
-    content = agreed(lambda: _content(engine, balancer, state), group, ValueError)
+    content = on_every_rank(lambda: _content(engine, balancer, state), group, ValueError)
     _check_equal([content.kinds, content.small["optimizer"]], engine, group)
-    agreed(lambda: start(path) if first else None, group, SaveError)
+    on_every_rank(lambda: start(path) if first else None, group, SaveError)
     try:
         share = _write(engine, content, aside(path), group)
-        agreed(lambda: share.finish(content.small, content.balance), group, SaveError)
+        on_every_rank(lambda: share.finish(content.small, content.balance), group, SaveError)
         shares = gather_objects((share.files, share.tensors), group)
-        agreed(lambda: _publish(path, engine, step, state, shares) if shares else None, group, SaveError)
+        on_every_rank(lambda: _publish(path, engine, step, state, shares) if shares else None, group, SaveError)
     except SaveError:
         if first:
             files.remove(aside(path))

@@ -13,8 +13,8 @@ import psutil
 from alfb_dist.cli.parser import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
 from alfb_dist.distributed.launch.control_channel import Lifeline
+from alfb_dist.distributed.launch.parents import launchers, watch
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
-from alfb_dist.distributed.rendezvous import launchers, watch
 
 
 def add(commands: Subcommands) -> None:

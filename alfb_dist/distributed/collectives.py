@@ -32,6 +32,25 @@ def world_group() -> Group:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
+def start_distributed(backend: str, timeout_seconds: float) -> None:
+    """Meet all ranks, as the environment names them; collective. Raises torch.distributed.DistError without them."""
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+
+
+def end_distributed() -> None:
+    """Wait for all ranks, and end torch.distributed; collective."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def new_groups(ranks_by_group: Iterable[list[int]], timeout_seconds: float) -> list[ProcessGroup]:
+    """Return a new group for each list of ranks; collective over all ranks, which all pass the same lists.
+
+    timeout_seconds: of every exchange in them.
+    """
+    return [dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds)) for ranks in ranks_by_group]
+
+
 def all_sum(x: Tensor, group: Group) -> Tensor:
     """The sum of x over the group's ranks, a new tensor; collective."""
     total = x.clone()

@@ -6,12 +6,6 @@ import os
 import re
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import psutil
 
 from alfb_dist.distributed.network import own_address
 
@@ -23,9 +17,6 @@ _MPI_LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _PMI = ("PMI_RANK", "PMI_SIZE")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")  # the latter is set by srun, not in a batch script
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-
-_LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torchrun"}
-_LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "mpirun", "mpiexec", "prterun", "prted"}
 
 
 def launched_world() -> tuple[int, int]:
@@ -126,35 +117,3 @@ def _tasks_here(counts: str, node: int) -> int:
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         each += [int(count)] * int(times or 1)
     return each[node] if node < len(each) else 1
-
-
-def launchers() -> list[psutil.Process]:
-    """The launcher processes above this one on its host, from the parent upward."""
-    found = []
-    for process in psutil.Process().parents():
-        try:
-            words = {Path(word).name for word in process.cmdline()[:4]}
-        except psutil.Error:
-            break
-        if not words & _LAUNCHERS:
-            break
-        found.append(process)
-    return found
-
-
-def watch(processes: list[psutil.Process], gone: Callable[[], None], *, every_seconds: float = 0.5) -> None:
-    """`gone` will be called once, from a thread, when the first of the processes has ended."""
-
-    def ended(process: psutil.Process) -> bool:
-        try:
-            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def poll() -> None:
-        while not any(ended(process) for process in processes):
-            time.sleep(every_seconds)
-        gone()
-
-    if processes:
-        threading.Thread(target=poll, daemon=True).start()

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from alfb_dist.config import ConfigError
+from alfb_dist.distributed.collectives import end_distributed, new_groups, start_distributed
 from alfb_dist.distributed.network import choose_interface
 from alfb_dist.distributed.rendezvous import discover, local_size
 
@@ -58,10 +58,8 @@ def make_grid(ep_degree: int, *, timeout_seconds: float = 600) -> Grid:
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised: call alfb_dist.init_distributed() first")
     ep, data = grid_ranks(dist.get_world_size(), ep_degree)
-    rank, timeout = dist.get_rank(), timedelta(seconds=timeout_seconds)
-    # Every rank takes part in making every group, in the same order.
-    ep_groups = [dist.new_group(ranks, timeout=timeout) for ranks in ep]
-    data_groups = [dist.new_group(ranks, timeout=timeout) for ranks in data]
+    ep_groups, data_groups = new_groups(ep, timeout_seconds), new_groups(data, timeout_seconds)
+    rank = dist.get_rank()
     world = dist.group.WORLD
     assert world is not None
     return Grid(ep_degree, ep_groups[rank // ep_degree], data_groups[rank % ep_degree], world)
@@ -113,7 +111,7 @@ def _meet(backend: str, timeout_seconds: float, interface: str) -> None:
     except ValueError as error:
         raise ConfigError(f"{socket.gethostname()}: {error}") from None
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        start_distributed(backend, timeout_seconds)
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RuntimeError(
@@ -131,8 +129,7 @@ def leave(code: int) -> NoReturn:
     """
     if not dist.is_initialized():
         sys.exit(code)
-    dist.barrier()
-    dist.destroy_process_group()
+    end_distributed()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

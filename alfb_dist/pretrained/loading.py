@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.config.settings import Sharding
-from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, group_rank, world_group
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.moe.parallelize import check_parallelizable, shard_model
@@ -57,9 +57,9 @@ def load_model(
 ) -> Any:
     """Return the model of a directory with this rank's share of its experts; collective. See `from_pretrained`."""
     folder, group = Path(path), world_group()
-    model, weights, dtype = agreed(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
+    model, weights, dtype = on_every_rank(lambda: open_model(folder, dtype, attn_implementation), group, ValueError)
     _read_share(model, weights, dtype, sharding, group)
-    agreed(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
+    on_every_rank(lambda: put_biases(model, homeless_biases(folder, weights), folder / SIDECAR), group, ValueError)
     _warn_of_rounding(model, weights, group)
     read_generation_config(model, folder)
     return model.eval()
@@ -67,10 +67,10 @@ def load_model(
 
 def _read_share(model: Any, weights: ModelWeights, dtype: torch.dtype, sharding: Sharding, group: Group) -> None:
     """The model, made without memory, is parallelised and has this rank's share of the weights; collective."""
-    agreed(lambda: check_parallelizable(model, sharding.ep_degree), group, ValueError)
-    agreed(lambda: read_common(model, weights, dtype), group, ValueError)
+    on_every_rank(lambda: check_parallelizable(model, sharding.ep_degree), group, ValueError)
+    on_every_rank(lambda: read_common(model, weights, dtype), group, ValueError)
     shard_model(model, sharding)
-    agreed(lambda: read_experts(model, weights), group, ValueError)
+    on_every_rank(lambda: read_experts(model, weights), group, ValueError)
 
 
 class _NoWeights:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files, optimizer
-from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, barrier, group_rank, size, world_group
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.folder import SIDECAR, write_sidecar, write_small_files
@@ -67,13 +67,15 @@ def save_pretrained(
     """
     path, group = Path(path), world_group()
     first = group_rank(group) == 0
-    plan = agreed(lambda: _plan(model_or_engine, layout, masters, bias_sidecar, max_shard_bytes), group, ValueError)
-    agreed(lambda: start_folder(path, overwrite=overwrite) if first else None, group, ValueError)
+    plan = on_every_rank(
+        lambda: _plan(model_or_engine, layout, masters, bias_sidecar, max_shard_bytes), group, ValueError
+    )
+    on_every_rank(lambda: start_folder(path, overwrite=overwrite) if first else None, group, ValueError)
     tmp = temporary_folder(path)
     try:
         failure = _write(plan, tmp, group)
-        agreed(lambda: _raise(failure), group, OSError)
-        agreed(lambda: _finish(plan, path, tmp) if first else None, group, OSError)
+        on_every_rank(lambda: _raise(failure), group, OSError)
+        on_every_rank(lambda: _finish(plan, path, tmp) if first else None, group, OSError)
     except OSError:
         if first:
             files.remove(tmp)

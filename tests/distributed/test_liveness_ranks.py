@@ -18,7 +18,7 @@ from hosts.cluster import Hosts
 from support.ranks import PRELOAD
 from support.ranks import _main as rank_main
 
-from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.collectives import all_sum, set_timeouts, share_objects
 from alfb_dist.distributed.liveness import Peer, PeerError, Peers, failed_exchange
@@ -76,7 +76,7 @@ def stop_here(kind: str) -> None:
     elif kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "late":
-        agreed(lambda: time.sleep(8), None, ValueError)
+        on_every_rank(lambda: time.sleep(8), None, ValueError)
     else:
         raise ValueError("a damaged file")
 
@@ -115,12 +115,12 @@ def seen_after(kind: str, way: str, folder: Path) -> dict[int, tuple[float, str]
     [
         ("stopped", "sum", "no answer (stopped, or its host is cut off): rank 1 on "),
         ("killed", "sum", "the process is gone: rank 1 on "),
-        ("late", "sum", "still at step 3, agreed: rank 1 on "),
+        ("late", "sum", "still at step 3, on_every_rank: rank 1 on "),
         ("failed", "sum", "failed at step 3, the loop: ValueError: a damaged file"),
         ("stopped", "rows", "no answer (stopped, or its host is cut off): rank 1 on "),
         ("killed", "rows", "the process is gone: rank 1 on "),
-        ("late", "rows", "still at step 3, agreed: rank 1 on "),
-        ("late", "rows by network", "still at step 3, agreed: rank 1 on "),
+        ("late", "rows", "still at step 3, on_every_rank: rank 1 on "),
+        ("late", "rows by network", "still at step 3, on_every_rank: rank 1 on "),
     ],
 )
 def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, kind: str, way: str, told: str) -> None:

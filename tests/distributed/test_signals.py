@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-import psutil
 import pytest
 
 from alfb_dist.distributed.launch import signals as stop_module
 from alfb_dist.distributed.launch.signals import STOP_SIGNALS, StopSignals
-from alfb_dist.distributed.rendezvous import launchers, watch
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -76,38 +73,3 @@ def test_before_the_start_a_signal_ends_a_process_whose_main_thread_waits_elsewh
     finally:
         process.kill()
         process.communicate()
-
-
-# Launchers above a process.
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        (["/bin/mpirun", "-n", "2"], True),
-        (["python", "-u", "-m", "deepspeed.launcher.launch", "x"], True),
-        (["python", "/venv/bin/deepspeed", "x.py"], True),
-        (["bash", "/home/me/deepspeed/run.sh"], False),
-        (["bash", "-c", "nohup deepspeed x.py"], False),
-        (["python", "train.py", "--config", "a", "deepspeed"], False),
-    ],
-)
-def test_launchers_are_known_by_name(words: list[str], found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Above:
-        def cmdline(self) -> list[str]:
-            return words
-
-    shell = Above()
-    shell.cmdline = lambda: ["-bash"]  # type: ignore[method-assign]
-    monkeypatch.setattr(psutil.Process, "parents", lambda _: [Above(), shell, Above()])
-    assert len(launchers()) == int(found)  # and none beyond one that is no launcher
-
-
-def test_end_of_a_watched_process_is_told_also_where_nobody_has_taken_it_away() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = threading.Event()
-    watch([psutil.Process(os.getpid()), psutil.Process(process.pid)], gone.set, every_seconds=0.02)
-    assert not gone.wait(0.2)
-    process.kill()  # a zombie until waited for
-    assert gone.wait(60)
-    process.communicate()
