@@ -14,9 +14,10 @@ import xxhash
 from alfb_dist.checkpoint import files, manifest, optimizer, tensors
 from alfb_dist.checkpoint.folder import SaveError, prune, publish, start
 from alfb_dist.checkpoint.folder_names import aside, step_folder
-from alfb_dist.checkpoint.gathering import Gatherer, batches, items
+from alfb_dist.checkpoint.gathering import Gatherer, Request
 from alfb_dist.checkpoint.safetensors_file import dtype_name
 from alfb_dist.checkpoint.share import Share
+from alfb_dist.checkpoint.write_order import batches, items
 from alfb_dist.config.provenance import versions
 from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, all_equal, barrier, gather_objects, group_rank, size, world_group
@@ -125,15 +126,23 @@ def _check_equal(value: Any, engine: Any, group: Group) -> None:
 
 
 def _write(engine: Any, content: _Content, folder: Path, group: Group) -> Share:
-    """This rank's share of the tensors, written as far as the disk let it; collective."""
-    model, rank = engine.module, group_rank(group)
+    """Write this rank's share of the tensors, as far as the disk allows; collective."""
+    model, rank, held = engine.module, group_rank(group), content.held
     degree, found = tensors.ep_degree(model), tensors.global_tensors(model)
     todo = items(found, tensors.writers(found, degree, size(group)), content.kinds)
     share = Share(folder, rank, [item.entry for item in todo if item.writer == rank])
-    gatherer = Gatherer(engine, content.held, degree, split=optimizer.partitioned(engine), group=group)
+
+    def read(request: Request, start: int, stop: int) -> torch.Tensor:
+        part = held[request.parameter]
+        flat = part.part(optimizer.elementwise(engine, part)[request.kind])
+        return flat[start - part.start : stop - part.start]
+
+    spans = {name: (part.start, part.start + part.numel) for name, part in held.items() if part.numel}
+    gatherer = Gatherer(spans, read, degree, group, engine.device)
     for batch in batches(todo, size(group)):
-        for item, tensor in gatherer.gather(batch):
-            share.put(item.entry.key, tensor)
+        gathered = gatherer.gather([item.request() for item in batch])
+        for item, data in zip((item for item in batch if item.writer == rank), gathered, strict=True):
+            share.put(item.entry.key, data)
     return share
 
 

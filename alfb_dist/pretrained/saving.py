@@ -16,7 +16,7 @@ from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, barrier, group_rank, size, world_group
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.folder import SIDECAR, write_sidecar, write_small_files
-from alfb_dist.pretrained.gathering import Gatherer, Part, batches
+from alfb_dist.pretrained.gathering import Part, PieceGatherer, batches
 from alfb_dist.pretrained.names import is_bias
 from alfb_dist.pretrained.outputs import plan_outputs
 from alfb_dist.pretrained.writing import (
@@ -135,7 +135,7 @@ def _write(plan: _Plan, folder: Path, group: Group) -> Exception | None:
     """This rank's files are written, or why not; it goes on taking part then, since others wait for it. Collective."""
     world, rank = size(group), group_rank(group)
     device = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
-    gatherer = Gatherer(plan.model, plan.parts, group, device)
+    gatherer = PieceGatherer(plan.model, plan.parts, group, device)
     widths = {name: part.flat.element_size() for name, part in plan.parts.items()}
     waiting = [[piece for shard in plan.shards[i::world] for piece in shard.pieces] for i in range(world)]
     mine = iter(plan.shards[rank::world])

@@ -14,7 +14,7 @@ from support.ranks import run_ranks
 from support.tiny import biases, full_weights, random_biases, set_biases
 
 from alfb_dist import checkpoint
-from alfb_dist.checkpoint import SaveError, files, gathering, manifest, optimizer, share, tensors
+from alfb_dist.checkpoint import SaveError, files, manifest, optimizer, share, tensors, write_order
 
 # One dense and one MoE layer: the middle of all expert weights falls inside one expert.
 SIX = {"n_routed_experts": 6, "num_hidden_layers": 2}
@@ -131,7 +131,7 @@ def test_four_ranks_save_what_two_load(tmp_path: Path) -> None:
 
 
 def _cut_small(folder: str) -> tuple[list[str], bool]:
-    share.MAX_FILE_BYTES, gathering.BATCH_BYTES = 20_000, 7_000
+    share.MAX_FILE_BYTES, write_order.BATCH_BYTES = 20_000, 7_000
     engine, balancer = make(1, 1, **SIX)
     train(engine, balancer, 0)
     create, calls = files.create, []
@@ -147,7 +147,7 @@ def _cut_small(folder: str) -> tuple[list[str], bool]:
     assert message.startswith("rank 1: ") and "tensors-00001-002.safetensors" in message
     files.create = create
     small = checkpoint.save(engine, balancer, Path(folder, "small"), step=1, state={})
-    share.MAX_FILE_BYTES, gathering.BATCH_BYTES = 1 << 30, 1 << 25
+    share.MAX_FILE_BYTES, write_order.BATCH_BYTES = 1 << 30, 1 << 25
     whole = checkpoint.save(engine, balancer, Path(folder, "whole"), step=1, state={})
     checkpoint.load(engine, balancer, small)
     return [p.name for p in small.glob("tensors*") if p.stat().st_size <= 25_000], _hashes(small) == _hashes(whole)
