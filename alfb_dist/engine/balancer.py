@@ -1,4 +1,4 @@
-"""The Balancer: after each optimizer step, one all-reduce of all loads and the same bias update on every rank."""
+"""The Balancer: after each optimizer step one all-reduce of all loads, and the same bias update on every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alfb_dist.balance.update_rule import Schedule, check_rule, rate_schedule, u
 from alfb_dist.config.settings import Balancing
 from alfb_dist.distributed.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.engine.autoep import watch_autoep
-from alfb_dist.engine.patches import mend
+from alfb_dist.engine.patches import patch_engine
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.profiling import span
@@ -40,7 +40,7 @@ def _mode_of_layers(mode: str | Sequence[str], num_layers: int) -> list[str]:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    """Nothing, or ValueError if sharded experts carry adapters, which DeepSpeed would average over unlike experts."""
+    """Raise ValueError if sharded experts carry adapters, which DeepSpeed would average over different experts."""
     for name, experts in sharded_experts(model):
         if name.endswith("base_layer") and experts.ep_size > 1:
             raise ValueError(
@@ -50,21 +50,21 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 class Balancer:
-    """Keeps the selection biases of a model's gates in balance.
+    """The loads of a model's MoE layers, and the selection biases that follow them.
 
     engine_or_model: a DeepSpeed engine, with experts sharded by `parallelize` or by DeepSpeed's own AutoEP; or a model
-        trained by another loop.
-    rule, rate, centered: see `update_bias`. `rate` is a number, or a function from the step (the first is 0) to one,
-        such as `alfb_dist.balance.update_rule.rate_schedule` makes.
-    mode: what happens to the biases, for all MoE layers or one for each in the model's order. "train" moves them from
-        where they are; "freeze" never moves them, while loads are counted and reported all the same; "recentre" takes
-        each layer's mean out of its bias once, now, and trains. That leaves the routing as it was and brings back the
-        bits that a bias far from 0 has no room for.
-    group: the ranks that hold distinct tokens; all ranks unless given.
-    An engine with sharded experts is mended where DeepSpeed mistakes them (see mend.py).
-    Making one is collective: the biases become those of the group's first rank. Raises ValueError if the model has no
-    gate with a selection bias, or its gates differ in their number of experts, or the rule, rate or mode is not valid,
-    or peft's adapters sit on experts that are sharded over several ranks.
+        trained by another loop. An engine with sharded experts is patched (see patches.py).
+    rule, rate, centered: see `update_bias`. `rate` is a number or a function from the optimizer step (the first is 0)
+        to one, such as `alfb_dist.balance.update_rule.rate_schedule` returns.
+    mode: what happens to the biases, for all MoE layers or one mode for each in the model's order. "train" moves them
+        from where they are. "freeze" never moves them; loads are counted and reported all the same. "recentre"
+        subtracts each layer's mean from its bias once, now, and then trains: the routing stays, and the bias regains
+        the low bits that float32 cannot hold far from 0.
+    group: the ranks that hold distinct tokens; all ranks by default.
+
+    The constructor is collective: the biases become those of the group's first rank. Raises ValueError if the model
+    has no gate with a selection bias, its gates differ in their number of experts, the rule, rate or mode is not
+    valid, or peft's adapters sit on experts that are sharded over several ranks.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Balancer:
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module
         if self.engine is not None:
-            mend(self.engine)
+            patch_engine(self.engine)
         _check_adapters(model)
         self.gates = watch_autoep(model, group) or watch(model)
         if not self.gates:
@@ -101,33 +101,33 @@ class Balancer:
         if len(sizes) > 1:
             raise ValueError(f"all MoE layers must have the same number of experts, got {sorted(sizes)}")
         self.modes = _mode_of_layers(balancing.mode, len(self.gates))
-        self._told_idle = False
+        self._warned_idle = False
         self.num_steps = 0
-        """Optimizer steps so far; skipped steps do not count."""
+        """Updates so far. Skipped optimizer steps do not count."""
         self.load_LE = torch.zeros(len(self.gates), sizes.pop(), dtype=torch.int64, device=self.gates[0].bias_E.device)
-        """int64: the global load of the last finished step, zero before the first."""
+        """The load of the last applied optimizer step over all ranks, int64 (L, E); 0 before the first."""
         self._last_update_LE: Tensor | None = None
         self._seen_steps = 0 if self.engine is None else self.engine.global_steps
         self.start_from(self.bias_LE)
 
     @property
     def bias_LE(self) -> Tensor:
-        """float32: the biases as they are now, a copy."""
+        """A copy of the biases, float32 (L, E)."""
         return torch.stack([gate.bias_E.detach().flatten() for gate in self.gates]).float()
 
     def start_from(self, bias_LE: Tensor) -> None:
-        """The biases are the first rank's of these, in layers to recentre without their mean; collective.
+        """Set the biases to the first rank's bias_LE, without its mean in layers to recentre; collective.
 
-        bias_LE: float32, what a training begins with; it is the first rank's afterwards.
+        bias_LE: float32, overwritten with the first rank's.
         """
         broadcast_(bias_LE, self.group)
         exact_LE = bias_LE.double()
-        centred_LE = (exact_LE - exact_LE.mean(-1, keepdim=True)).float()
-        self._set_bias(torch.where(self._has_mode("recentre"), centred_LE, bias_LE))
+        recentred_LE = (exact_LE - exact_LE.mean(-1, keepdim=True)).float()
+        self._set_bias(torch.where(self._has_mode("recentre"), recentred_LE, bias_LE))
 
     def _has_mode(self, mode: str) -> Tensor:
-        """Whether each layer has this mode: (L, 1)."""
-        return torch.tensor([[one == mode] for one in self.modes], device=self.load_LE.device)
+        """Return which layers have the mode, bool (L, 1)."""
+        return torch.tensor([[m == mode] for m in self.modes], device=self.load_LE.device)
 
     def _set_bias(self, bias_LE: Tensor) -> None:
         with torch.no_grad():
@@ -135,7 +135,7 @@ class Balancer:
                 gate.bias_E.copy_(bias_E.view_as(gate.bias_E))
 
     def _take_pending(self) -> Tensor:
-        """This rank's loads since the last optimizer step; the gates start over from 0."""
+        """Return this rank's loads since the last optimizer step and reset the gates to 0."""
         pending = [gate.pending_load_E for gate in self.gates]
         for gate in self.gates:
             gate.pending_load_E = None
@@ -143,17 +143,17 @@ class Balancer:
         return torch.stack([zero_E if load_E is None else load_E for load_E in pending])
 
     def _step_happened(self) -> bool:
-        """Whether the engine took an optimizer step since the last call: False between accumulation boundaries."""
+        """Return whether the engine has reached an accumulation boundary since the last call."""
         if self.engine is None:
             return True
         seen, self._seen_steps = self._seen_steps, self.engine.global_steps
         return self._seen_steps != seen
 
     def step(self, *, applied: bool | None = None) -> bool:
-        """Reduce the loads of the optimizer step just taken and update the biases by them; collective.
+        """Reduce the loads of the optimizer step just taken and update the biases; collective.
 
-        Call it after every engine.step(), or after every optimizer.step() of another loop. Returns False where
-        `reduce_loads` returns None: nothing has changed then. For applied and errors see there too.
+        Call it after every engine.step(), or after every optimizer.step() of another loop. Returns False, with nothing
+        changed, where `reduce_loads` returns None. applied, errors: see there.
         """
         with span("bias"):
             return self.update(self.reduce_loads(applied=applied))
@@ -173,14 +173,14 @@ class Balancer:
             applied = True if self.engine is None else bool(self.engine.was_step_applied())
         flag = torch.full((1,), int(applied), dtype=torch.int64, device=self.load_LE.device)
         total = all_sum(torch.cat([self._take_pending().flatten(), flag]), self.group)
-        num_applied = int(total[-1])
-        if num_applied not in (0, size(self.group)):
-            raise RuntimeError(f"{num_applied} of {size(self.group)} ranks applied the optimizer step, the others not")
+        num_applied, num_ranks = int(total[-1]), size(self.group)
+        if num_applied not in (0, num_ranks):
+            raise RuntimeError(f"{num_applied} of {num_ranks} ranks applied the optimizer step, the others did not")
         if not num_applied:
             return None
         self.load_LE = total[:-1].view_as(self.load_LE)
-        if not self.load_LE.any() and not self._told_idle:
-            self._told_idle = True
+        if not self.load_LE.any() and not self._warned_idle:
+            self._warned_idle = True
             warnings.warn(
                 "no token was counted in this step: is the model in training mode (model.train())?", stacklevel=2
             )
@@ -205,14 +205,14 @@ class Balancer:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's own buffers."""
+        """Return what a resumed run needs besides the model's own buffers."""
         return {"num_steps": self.num_steps, "bias_LE": self.bias_LE, "load_LE": self.load_LE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The state is as it was saved. Raises ValueError if the shapes do not fit this model."""
+        """Restore what `state_dict` returned and drop pending loads. Raises ValueError if the shapes do not fit."""
         if state["bias_LE"].shape != self.load_LE.shape:
-            saved, here = tuple(state["bias_LE"].shape), tuple(self.load_LE.shape)
-            raise ValueError(f"the saved biases {saved} do not fit this model's (layers, experts) {here}")
+            saved, expected = tuple(state["bias_LE"].shape), tuple(self.load_LE.shape)
+            raise ValueError(f"the saved biases {saved} do not fit this model's (layers, experts) {expected}")
         self.num_steps = int(state["num_steps"])
         self.load_LE = state["load_LE"].to(self.load_LE)
         self._set_bias(state["bias_LE"].to(self.load_LE.device))

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: checked for what expert parallelism cannot go with, or derived from ours."""
+"""The DeepSpeed configuration: checked for what expert parallelism excludes, or derived from ours."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ Part = TypeVar("Part", Sharding, Balancing)
 
 
 def read_ds_config(ds_config: dict[str, Any] | str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(DeepSpeed's configuration, our section `alf_lb` of it), from a dict or a file; ValueError if it is no object."""
+    """Return DeepSpeed's configuration and our section `alf_lb` of it, from a dict or a file.
+
+    Raises ValueError if the file holds no JSON object or the section has an unknown key.
+    """
     given = ds_config if isinstance(ds_config, dict) else read_deepspeed_json(Path(ds_config))
     return {key: value for key, value in given.items() if key != SECTION}, read_section(given.get(SECTION, {}))
 
 
 def with_section(settings: Part, section: dict[str, Any]) -> Part:
-    """Return the settings with the section's values in the place of defaults.
+    """Return the settings with the section's values in place of defaults.
 
-    Raises ValueError if a setting that differs from its default differs from the section too.
+    Raises ValueError if a setting differs both from its default and from the section.
     """
     found: dict[str, Any] = {}
     for field in fields(settings):
@@ -46,11 +49,11 @@ def with_section(settings: Part, section: dict[str, Any]) -> Part:
 
 
 def check_ds_config(ds_config: dict[str, Any]) -> None:
-    """Nothing, or ValueError naming the key that expert parallelism cannot go with, or that nothing would read."""
+    """Raise ValueError if expert parallelism excludes a value, or a key looks like a misspelt one of DeepSpeed."""
     known = (*DEEPSPEED_KEYS, *DERIVED_KEYS)
     for key in ds_config.keys() - set(known):
-        if near := nearest(key, known):  # DeepSpeed says nothing about keys that it does not know
-            raise ValueError(f"{key} is no key of DeepSpeed: did you mean {near}?")
+        if near := nearest(key, known):  # DeepSpeed ignores keys that it does not know
+            raise ValueError(f"{key}: unknown key of DeepSpeed; did you mean {near}?")
     clipping = ds_config.get("gradient_clipping", 0.0)
     if isinstance(clipping, int | float) and not clipping >= 0:
         raise ValueError(f"gradient_clipping ({clipping}) must be at least 0; 0 is no limit")
@@ -58,20 +61,20 @@ def check_ds_config(ds_config: dict[str, Any]) -> None:
     if stage not in (0, 1, 2):
         raise ValueError(
             f"zero_optimization.stage must be 0, 1 or 2, got {stage}: stage 3 partitions parameters that expert "
-            "parallelism shards already; use stage 1 or 2 and a larger ep_degree"
+            "parallelism already shards; use stage 1 or 2 and a larger ep_degree"
         )
     if ds_config.get("expert_parallel", {}).get("enabled"):
         raise ValueError("expert_parallel.enabled must be off: the experts are sharded by alfb_dist (ep_degree)")
     if ds_config.get("fp16", {}).get("enabled"):
-        raise ValueError("fp16.enabled must be off: use bf16 or float32, whose skipped steps and norms are tested")
+        raise ValueError("fp16.enabled must be off: use bf16 or float32, whose norms and skipped steps are tested")
     if ds_config.get("use_data_before_expert_parallelism"):
         raise ValueError(
-            "use_data_before_expert_parallelism must be off: alfb_dist lays ranks out expert-parallel first"
+            "use_data_before_expert_parallelism must be off: alfb_dist places expert-parallel ranks next to each other"
         )
 
 
 def with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which Adam on CPU is torch's fused one; by default DeepSpeed would compile its own at start."""
+    """Return a copy in which Adam on CPU is torch's fused one; DeepSpeed's default compiles its own at start."""
     config = copy.deepcopy(ds_config)
     optimizer = config.get("optimizer", {})
     on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
@@ -83,7 +86,7 @@ def with_defaults(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed dict of a run: what our tables decide, and the `deepspeed` table as it is."""
+    """Return the DeepSpeed dict of a run: what our tables decide, and the `deepspeed` table as it is."""
     optimizer = config.optimizer
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -92,7 +95,7 @@ def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "optimizer": {
             "type": "AdamW",
-            # weight_decay comes with the parameter groups. Torch's fused kernel needs no compiler, on CPU or CUDA.
+            # weight_decay is set in the parameter groups. Torch's fused kernel needs no compiler, on CPU or CUDA.
             "params": {
                 "lr": optimizer.lr,
                 "betas": list(optimizer.betas),
@@ -106,7 +109,7 @@ def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def lr_factor(config: Config, step: int) -> float:
-    """The learning rate of a step (the first is 0) as a part of the peak: linear warm-up, then constant or cosine."""
+    """Return a step's learning rate (the first is 0) over the peak: linear warm-up, then constant or cosine."""
     warmup, optimizer = config.optimizer.warmup_steps, config.optimizer
     if step < warmup:
         return (step + 1) / warmup
@@ -117,5 +120,5 @@ def lr_factor(config: Config, step: int) -> float:
 
 
 def lr_schedule(config: Config) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LambdaLR]:
-    """What makes torch's scheduler for an optimizer; DeepSpeed steps it after each applied step."""
+    """Return a function from an optimizer to its scheduler, which DeepSpeed steps after each applied step."""
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config, step))

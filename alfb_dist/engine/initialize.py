@@ -1,7 +1,7 @@
-"""The DeepSpeed seam: an engine that treats sharded experts rightly, made in one call.
+"""A DeepSpeed engine around a model with sharded experts, and its Balancer, in one call.
 
-ZeRO, gradient reduction and the optimizer are DeepSpeed's; what is mended in them is in mend.py. On CPU no operator is
-compiled at start.
+ZeRO, gradient reduction and the optimizer are DeepSpeed's; patches.py corrects them. On CPU nothing is compiled at
+start.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from alfb_dist.moe.sharded_experts import sharded_experts
 
 
 def start_without_compiler() -> None:
-    """DeepSpeed's CPU backend will not compile its shared-memory operator, which takes a minute and a compiler."""
+    """Keep DeepSpeed's CPU backend from compiling its shared-memory operator: a minute, and it needs a compiler."""
     if deepspeed.get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _check_trained(model: nn.Module, model_parameters: Any, optimizer: Any) -> None:
-    """Nothing, or ValueError if parameters are to be trained that the model no longer holds: its unsharded experts."""
-    held = {id(p) for p in model.parameters()}
+    """Raise ValueError if a parameter to train is not in the model: sharding has replaced those of the experts."""
+    in_model = {id(p) for p in model.parameters()}
     given = list(model_parameters or []) + list(getattr(optimizer, "param_groups", []))
     for group in given:
         for p in group["params"] if isinstance(group, dict) else [group]:
-            if id(p) not in held:
+            if id(p) not in in_model:
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} is to be trained but not in the model: sharding replaces "
-                    "the experts' parameters; give model_parameters or optimizer as a function"
+                    "the experts' parameters; pass model_parameters or optimizer as a function"
                 )
 
 
 def _check_sharded(model: nn.Module, sharding: Sharding) -> None:
-    """Raise ValueError if the model's experts are sharded otherwise than is asked for now."""
+    """Raise ValueError if the model's experts are sharded differently."""
     for name, experts in sharded_experts(model):
         had = experts.sharding
         if sharding.ep_degree != had.ep_degree:
             raise ValueError(
                 f"ep_degree ({sharding.ep_degree}) must be the one that the model was parallelised with "
-                f"({had.ep_degree}): give the same to both, or parallelise the model anew"
+                f"({had.ep_degree}): pass the same to both, or parallelise a new model"
             )
         if sharding.max_rows not in (0, had.max_rows):
             raise ValueError(
                 f"max_rows ({sharding.max_rows}) must be the one that the model was parallelised with "
-                f"({had.max_rows}): give it to from_pretrained or parallelize"
+                f"({had.max_rows}): pass it to from_pretrained or parallelize"
             )
         if any(sharding.alphas) and sharding.alphas != had.alphas:
             raise ValueError(
                 f"sequence_loss_alpha and batch_loss_alpha {sharding.alphas} must be those that the model was "
-                f"parallelised with {had.alphas}: give them to from_pretrained or parallelize"
+                f"parallelised with {had.alphas}: pass them to from_pretrained or parallelize"
             )
         if experts.grid is None:
             raise ValueError(
@@ -86,24 +86,24 @@ def initialize(
     model_parameters: Any = None,
     **deepspeed_arguments: Any,
 ) -> tuple[Any, Balancer]:
-    """A DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
+    """Return a DeepSpeed engine around the model with its experts sharded, and its Balancer; collective.
 
-    The same as `parallelize`, `deepspeed.initialize` and `Balancer` after each other; see those for the arguments.
-    model: one that is parallelised already, as from `from_pretrained`, is taken as it is; ep_degree, and max_rows
-        and the alphas if given, must be the same. One in evaluation mode is put in training mode: there no gate counts.
-    ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2, or the path of one. Its section `alf_lb` may hold
+    Equals `parallelize`, `deepspeed.initialize` and `Balancer` in turn; see those for the arguments.
+    model: a parallelised one, as `from_pretrained` returns, is used as it is; ep_degree, and max_rows and the alphas if
+        given, must be its own. The model is put in training mode: in evaluation mode no gate counts.
+    ds_config: a DeepSpeed configuration with ZeRO stage 0, 1 or 2, or its path. Its section `alf_lb` may hold
         ep_degree, rule, rate, centered, mode and the other keys of [parallel] and [balance] instead of arguments.
-        Steps whose gradients are not finite are skipped, with float32 too. On CPU, Adam and AdamW are torch's fused.
-    model_parameters: what to train, as parameters or groups of them with names; or a function that makes these from
-        the parallelised model, whose experts are new parameters. All that require gradients unless given.
-    deepspeed_arguments: more for `deepspeed.initialize`, such as optimizer or lr_scheduler.
-    timeout_seconds: how long an exchange waits for other ranks, in groups made here, DeepSpeed's own among them.
-    Raises ValueError before anything starts if the configuration, the sizes or the rule are not valid.
+        Steps whose gradients are not finite are skipped, in float32 too. On CPU, Adam and AdamW are torch's fused ones.
+    model_parameters: the parameters to train, or groups of them with names; or a function from the parallelised model,
+        whose experts are new parameters, to these. By default all that require gradients.
+    deepspeed_arguments: further ones of `deepspeed.initialize`, such as optimizer or lr_scheduler.
+    timeout_seconds: how long a collective waits for other ranks, in all groups made here, DeepSpeed's included.
+    Raises ValueError before any collective if the configuration, the sizes or the rule are not valid.
     """
     ds_config, section = read_ds_config(ds_config)
     ep_degree = section.get("ep_degree") if ep_degree is None else ep_degree
     if ep_degree is None:
-        raise ValueError("ep_degree is missing: give it as an argument, or in the section alf_lb of ds_config")
+        raise ValueError("ep_degree is missing: pass it as an argument, or in the section alf_lb of ds_config")
     sharding = Sharding(
         ep_degree=ep_degree,
         max_rows=max_rows,
@@ -131,7 +131,7 @@ def start_engine(
     model_parameters: Any = None,
     **deepspeed_arguments: Any,
 ) -> tuple[Any, Balancer]:
-    """Return what `initialize` does, from settings instead of arguments; collective. ds_config: without our section."""
+    """Return what `initialize` returns, from settings. ds_config has no section `alf_lb`. Collective."""
     check_ds_config(ds_config)
     rate_of(balancing)
     if sharded_experts(model):
@@ -154,6 +154,6 @@ def start_engine(
 
 
 def quiet(level: int = logging.WARNING) -> None:
-    """DeepSpeed logs only what matters, and its calls of what torch renames are not warned about once a process."""
+    """Let DeepSpeed log from this level on, and silence torch's warning about a name that DeepSpeed still calls."""
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     deepspeed.utils.logging.logger.setLevel(level)

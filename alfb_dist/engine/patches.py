@@ -1,7 +1,7 @@
-"""What DeepSpeed 0.19 gets wrong around sharded experts, put right on the engine. Each mend is pinned by a test.
+"""Patches of a DeepSpeed 0.19 engine that has sharded experts. A test pins each of them.
 
-Without ZeRO the clip norm is to count each expert once; a step whose gradients are not finite is to be skipped at every
-ZeRO stage, in float32 too; and training in bfloat16 without ZeRO is to start at Adam's first step.
+Without ZeRO the clip norm counts each expert once. A step whose gradients are not finite is skipped at every ZeRO
+stage, in float32 too. Training in bfloat16 without ZeRO starts at Adam's first step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from alfb_dist.moe.sharded_experts import sharded_experts
 
 
 def global_grad_norm(engine: Any) -> float:
-    """The L2 norm of the reduced gradients over the whole model, each expert counted once; collective.
+    """Return the L2 norm of the reduced gradients of the whole model, each expert counted once; collective.
 
-    Reads `param.grad`, so it is for engines without ZeRO. inf or nan if any gradient on any rank is.
+    Reads `param.grad`, so the engine must be without ZeRO. Returns inf or nan if a gradient on any rank has one.
     """
     experts = {id(p) for _, m in sharded_experts(engine.module) for p in m.parameters()}
     grid = sharded_experts(engine.module)[0][1].grid
@@ -33,17 +33,16 @@ def global_grad_norm(engine: Any) -> float:
                 expert += square
             else:
                 dense += square
-    # The dense gradients are equal on all ranks up to rounding; their mean makes the norm equal to the last bit.
+    # Dense gradients are equal on all ranks up to rounding; their mean makes the norm equal to the last bit.
     world = grid.world_group.size()
     sums = all_sum(torch.stack([dense / world, expert * grid.ep_degree / world]), grid.world_group)
     return math.sqrt(total) if math.isfinite(total := float(sums.sum())) else total
 
 
 def _guard_plain_optimizer(engine: Any) -> None:
-    """Without ZeRO in float32: the true norm clips, and a step that is not finite is skipped on all ranks.
+    """Clip by the true norm and skip steps that are not finite, in float32 without ZeRO.
 
-    DeepSpeed would clip by the mean over ranks of each rank's norm, in which an expert counts by the ranks it is not
-    on, and would step into NaN.
+    DeepSpeed would clip by the mean of the ranks' norms, each with its own experts only, and would step into NaN.
     """
     optimizer, max_norm = engine.optimizer, engine.gradient_clipping()
     inner: Callable[[], Any] = optimizer.step
@@ -64,10 +63,10 @@ def _guard_plain_optimizer(engine: Any) -> None:
 
 
 def _guard_bf16_optimizer(engine: Any) -> None:
-    """Without ZeRO in bfloat16: the true norm clips, and training starts at Adam's first step.
+    """Clip by the true norm and start at Adam's first step, in bfloat16 without ZeRO.
 
-    DeepSpeed's norm leaves the experts out. To allocate its states it takes a step with zero gradients, which counts in
-    Adam's bias correction and decays the weights; both are undone here.
+    DeepSpeed's norm leaves the experts out. To allocate Adam's state it takes a step with zero gradients, which counts
+    in the bias correction and decays the weights; both are undone here.
     """
     optimizer = engine.optimizer
     optimizer.optimizer.state.clear()
@@ -83,12 +82,14 @@ def _guard_bf16_optimizer(engine: Any) -> None:
     optimizer.unscale_and_clip_grads = types.MethodType(unscale_and_clip_grads, optimizer)
 
 
-def mend(engine: Any) -> None:
-    """The engine clips by the true norm and skips steps that are not finite, at every ZeRO stage; once, later calls do
-    nothing. An engine without sharded experts stays as it is."""
-    if getattr(engine, "_alfb_mended", False) or not sharded_experts(engine.module):
+def patch_engine(engine: Any) -> None:
+    """Make the engine clip by the true norm and skip steps that are not finite, at every ZeRO stage.
+
+    Idempotent. An engine without sharded experts is left as it is.
+    """
+    if getattr(engine, "_alfb_patched", False) or not sharded_experts(engine.module):
         return
-    engine._alfb_mended = True
+    engine._alfb_patched = True
     if engine.zero_optimization():
         if engine.bfloat16_enabled() and hasattr(engine.optimizer, "check_grad_overflow"):
             engine.optimizer.check_grad_overflow = True  # float32 is checked by its norm

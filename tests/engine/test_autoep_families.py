@@ -1,4 +1,4 @@
-"""DeepSpeed's AutoEP with a Balancer over the families that it shards as transformers computes them."""
+"""DeepSpeed's AutoEP with a Balancer, over the families that AutoEP computes as transformers does."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def routers(model: nn.Module) -> list[Any]:
     return [m.router for m in model.modules() if type(m).__name__ == "AutoEPMoELayer"]
 
 
-def note_choices(model: nn.Module) -> list[list[Tensor]]:
-    """For each router the ids that it will give out in training forwards."""
-    told: list[list[Tensor]] = []
+def record_choices(model: nn.Module) -> list[list[Tensor]]:
+    """Return, for each router, a list that collects its expert ids in training forwards."""
+    chosen: list[list[Tensor]] = []
     for router in routers(model):
         ids: list[Tensor] = []
-        told.append(ids)
+        chosen.append(ids)
         router.register_forward_hook(
             lambda m, _, out, ids=ids: ids.append(out[1]) if m.training and torch.is_grad_enabled() else None
         )
-    return told
+    return chosen
 
 
 def data(seed: int) -> dict[str, Tensor]:
-    """A batch of which every second sequence ends in two of padding."""
+    """Return a batch of which every second sequence ends in two positions of padding."""
     given = batch(seed, SEQUENCES, POSITIONS)
     mask_BS = torch.ones(SEQUENCES, POSITIONS, dtype=torch.int64)
     mask_BS[::2, -2:] = 0
@@ -47,7 +47,7 @@ def data(seed: int) -> dict[str, Tensor]:
 
 
 def set_router_biases(model: nn.Module, seed: int) -> list[Any]:
-    """The routers' biases are random; what they are, as arrays."""
+    """Set the routers' biases to random values and return these as arrays."""
     generator = torch.Generator().manual_seed(seed)
     found = [router.e_score_correction_bias for router in routers(model)]
     for bias_E in found:
@@ -66,16 +66,16 @@ def test_bias_chooses_counts_and_moves_in_autoeps_layer(family: str) -> None:
         balancer = Balancer(model.train(), rate=RATE)
         assert torch.allclose(model(**given).logits, expected, rtol=1e-4, atol=1e-5)
     assert any(bool(bias.any()) for bias in balancer.bias_LE) == bool(biases(family_model(family, 3)))
-    start, told = set_router_biases(model, 6), note_choices(model)
+    start, chosen = set_router_biases(model, 6), record_choices(model)
     model(**given).loss.backward()
     balancer.step()
-    loads = [counted(ids, given["attention_mask"], 8) for ids in told]
+    loads = [counted(ids, given["attention_mask"], 8) for ids in chosen]
     assert balancer.load_LE.tolist() == loads and len(loads) == len(routers(model)) > 0
     for bias_E, load, router in zip(start, loads, routers(model), strict=True):
         assert same_bits(moved(bias_E, load, RATE), router.e_score_correction_bias)
         router.e_score_correction_bias[5] += 1000
     model(**given).loss.backward()
-    assert all(bool((ids[-1] == 5).any(1).all()) for ids in told)
+    assert all(bool((ids[-1] == 5).any(1).all()) for ids in chosen)
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "olmoe"])
@@ -98,19 +98,19 @@ def test_family_whose_bias_autoep_drops_is_refused_by_name() -> None:
     assert not any(isinstance(m, BalancedGate) for m in model.modules())
 
 
-def test_model_that_is_none_of_transformers_is_refused() -> None:
+def test_model_that_is_not_transformers_own_is_refused() -> None:
     model = converted(family_model("olmoe", 3), preset_model="mixtral")
     with pytest.raises(ValueError, match=r"dropped the selection bias of Sequential"):
         Balancer(nn.Sequential(model))
 
 
 def train(family: str, stage: int) -> tuple[list[list[int]], list[Any], list[Any], list[list[int]]]:
-    """(loads of the last step, biases at the start, biases at the end, the loads of each step by hand) of this rank."""
+    """Return the last step's loads, the first and last biases, and each step's loads on this rank, counted by hand."""
     model = family_model(family, 3)
     set_biases(model, 4)
     engine = autoep_engine(model, 2, stage, 2, preset_model=PRESETS[family])
     balancer = Balancer(engine, rate=RATE)
-    start, told, by_step = set_router_biases(engine.module, 6), note_choices(engine.module), []
+    start, chosen, by_step = set_router_biases(engine.module, 6), record_choices(engine.module), []
     for step in range(STEPS):
         for micro in range(2):
             mine = {n: x[2 * dist.get_rank() + micro :][:1] for n, x in data(step).items()}
@@ -122,7 +122,7 @@ def train(family: str, stage: int) -> tuple[list[list[int]], list[Any], list[Any
                 engine(**data(9))
             engine.train()
         mask_BS = data(step)["attention_mask"][2 * dist.get_rank() :][:2]
-        by_step.append([counted(ids[-2:], mask_BS, 8) for ids in told])
+        by_step.append([counted(ids[-2:], mask_BS, 8) for ids in chosen])
     end = [router.e_score_correction_bias.numpy() for router in routers(engine.module)]
     return balancer.load_LE.tolist(), start, end, by_step
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's AutoEP with a Balancer: the bias that it leaves alone moves by the loads of its own routers."""
+"""DeepSpeed's AutoEP with a Balancer: the bias, which AutoEP never updates, moves by the loads of AutoEP's routers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CASES = [
 
 
 def global_batch(step: int) -> dict[str, Tensor]:
-    """8 sequences of 6 positions, of which each ends in one of padding."""
+    """Return 8 sequences of 6 positions, the last of which is padding."""
     return tiny_batch(step, 8, 6, padding=[1] * 8)
 
 
@@ -110,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, dict[st
 
 @functools.cache
 def plain_loop(frozen_router: bool = False, moves: bool = True) -> list[dict[str, Tensor]]:
-    """The same training by transformers' own model in one process."""
+    """Return the loads and biases of the same training of transformers' own model in one process."""
     model, rate = start_model(frozen_router), RATE if moves else 0.0
     return [plain_step(model, global_batch(i), learning_rate=LEARNING_RATE, rate=rate) for i in range(STEPS)]
 
@@ -132,7 +132,7 @@ def test_every_unpadded_token_counts_once_and_the_layer_stays(case: Case, traine
         assert by_case[case]["acted"] == ([False] * (case.micro_batches - 1) + [True]) * STEPS
 
 
-def test_plain_loop_tells_apart_what_it_must() -> None:
+def test_plain_loops_bias_differs_by_step_and_layer() -> None:
     seen = [x["bias"] for x in plain_loop()]
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[2][0], seen[2][1])
 
@@ -157,7 +157,7 @@ def in_one_process() -> dict[str, Any]:
     return seen
 
 
-def test_biased_choice_reaches_autoeps_routing(ranks: Callable[..., list[Any]]) -> None:
+def test_bias_reaches_autoeps_top_k(ranks: Callable[..., list[Any]]) -> None:
     seen = ranks(1, in_one_process)[0]
     for favoured in (2, 6):
         assert seen[favoured][:, favoured].tolist() == [12, 12] and seen[favoured].sum(1).tolist() == [48, 48]
@@ -184,7 +184,7 @@ def refusals() -> dict[str, str]:
     return texts
 
 
-def test_router_without_a_bias_to_move_is_refused(ranks: Callable[..., list[Any]]) -> None:
+def test_router_without_a_bias_to_update_is_refused(ranks: Callable[..., list[Any]]) -> None:
     texts = ranks(1, refusals)[0]
     assert "dropped the selection bias of DeepseekV3ForCausalLM" in texts["dropped"]
     assert "is a parameter of DeepSpeed's optimizer" in texts["parameter"]

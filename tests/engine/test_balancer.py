@@ -1,4 +1,4 @@
-"""The Balancer without a model's forward: loads are handed to the gates, on ranks that disagree and in one process."""
+"""The Balancer without a model's forward: loads are added to the gates, on ranks that disagree and in one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def disagreements() -> dict[str, Any]:
     balancer = Balancer(model, rate=0.5)
     seen: dict[str, Any] = {"start": biases(model)}
 
-    # Loads only on one rank, none in the second layer; beyond what float32 counts.
+    # Loads beyond what float32 counts exactly, and none in the second layer.
     if rank == 1:
         add(balancer, [2**24 + 1, 2**24, 2**24, 2**24 - 1])
     else:
@@ -88,7 +88,7 @@ def test_one_integer_all_reduce_serves_all_layers(disagreed: list[dict[str, Any]
 
 
 def test_loads_are_summed_over_ranks_exactly(disagreed: list[dict[str, Any]]) -> None:
-    """By one token in 2**25 each way; a layer without load stays."""
+    """A difference of one token in 2**25 moves the bias; a layer without load stays."""
     move = torch.tensor([[-0.5, 0.0, 0.0, 0.5], [0.0] * 4])
     for seen in disagreed:
         assert seen["global load"].tolist() == [[2**25 + 1, 2**25, 2**25, 2**25 - 1], [0] * 4]
@@ -104,7 +104,7 @@ def test_skipped_step_drops_its_loads_and_leaves_bias_and_load(disagreed: list[d
 
 def test_ranks_that_disagree_about_the_step_fail_on_every_rank(disagreed: list[dict[str, Any]]) -> None:
     for seen in disagreed:
-        assert seen["error"] == "1 of 2 ranks applied the optimizer step, the others not"
+        assert seen["error"] == "1 of 2 ranks applied the optimizer step, the others did not"
         assert torch.equal(seen["error bias"], seen["global bias"])
         assert torch.equal(seen["error load"], seen["global load"])
 
@@ -118,7 +118,7 @@ def test_step_after_a_skipped_one_is_normal(disagreed: list[dict[str, Any]]) -> 
 
 
 def in_groups() -> tuple[Tensor, Tensor]:
-    """Two halves that each balance their own copy of a model."""
+    """Two halves of the ranks balance a copy of the model each."""
     rank, model = dist.get_rank(), two_layers()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     set_biases(model, torch.full((2, 4), float(rank)))
@@ -223,7 +223,7 @@ def test_bias_is_in_no_optimizer() -> None:
     assert all(not g.bias_E.requires_grad for g in gates(model))
 
 
-def test_resumed_balancer_goes_on_as_if_nothing_had_been() -> None:
+def test_resumed_balancer_equals_an_uninterrupted_one() -> None:
     def schedule(step: int) -> float:
         return 0.1 / (step + 1)
 
@@ -238,9 +238,9 @@ def test_resumed_balancer_goes_on_as_if_nothing_had_been() -> None:
         first.step()
     state = first.state_dict()
     add(first, [1, 0, 0, 0], [1, 0, 0, 0])
-    first.step()  # what happens after the save is no part of it
+    first.step()  # after the save: not in it
     second = Balancer(two_layers(), rate=schedule)
-    add(second, [99, 0, 0, 0], [99, 0, 0, 0])  # nor is what waits in the gates of the resumed model
+    add(second, [99, 0, 0, 0], [99, 0, 0, 0])  # pending in the resumed model: dropped
     second.load_state_dict(state)
     assert second.num_steps == 3 and second.load_LE.tolist() == loads[2]
     for load in loads[3:]:
@@ -274,7 +274,7 @@ def test_rule_or_rate_that_is_not_valid_is_refused_at_once(arguments: dict[str, 
 
 
 class Engine(nn.Module):
-    """What a Balancer asks of a DeepSpeed engine."""
+    """The part of a DeepSpeed engine that a Balancer uses."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

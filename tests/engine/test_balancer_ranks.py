@@ -64,7 +64,7 @@ LOOPS = [
 
 
 def global_batch(step: int) -> dict[str, Tensor]:
-    """8 sequences of 6 positions, of which each ends in one of padding: 40 tokens."""
+    """Return 8 sequences of 6 positions, the last of which is padding: 40 tokens."""
     return tiny_batch(step, 8, 6, padding=[1] * 8)
 
 
@@ -79,7 +79,7 @@ def start_model(group_limited: bool) -> nn.Module:
 
 
 def averaged_step(model: nn.Module) -> None:
-    """One SGD step on the mean over ranks of the gradients: dense over all, experts over their expert-data group."""
+    """Take an SGD step on gradients averaged over ranks: dense ones over all, experts' over their expert-data group."""
     experts, grid = expert_parameters(model), sharded_experts(model)[0][1].grid
     dense = [p for p in model.parameters() if not any(p is e for e in experts)]
     with torch.no_grad():
@@ -123,13 +123,13 @@ def run_loops() -> dict[Loop, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    """trained(world): by rank, what `run_loops` returned; run once per world size."""
+    """Return trained(world), which runs `run_loops` once per world size and returns its results by rank."""
     return functools.cache(lambda world: run_ranks(world, run_loops, folder=tmp_path_factory.mktemp("ranks")))
 
 
 @functools.cache
 def plain_loop(rule: str, group_limited: bool) -> list[dict[str, Tensor]]:
-    """transformers' own model and whole batches."""
+    """Return the steps of a loop over transformers' own model and whole batches."""
     model = start_model(group_limited)
     return [plain_step(model, global_batch(i), learning_rate=LEARNING_RATE, rate=RATE, rule=rule) for i in range(STEPS)]
 
@@ -169,8 +169,8 @@ def test_loads_sum_to_unpadded_tokens_times_top_k(loop: Loop, trained: Callable[
             assert seen["load"].sum(1).tolist() == [TOKENS * TOP_K] * 2
 
 
-def test_loops_tell_apart_what_they_must() -> None:
-    """The bias of the plain loop moves each step and differs by layer, or the equalities above would say little."""
+def test_plain_loops_bias_differs_by_step_and_layer() -> None:
+    """Otherwise the equalities above would show little."""
     for group_limited in (False, True):
         by_step = [seen["bias"] for seen in plain_loop("sign", group_limited)]
         assert all(not torch.equal(a, b) for a, b in itertools.pairwise(by_step))

@@ -1,4 +1,4 @@
-"""What a Balancer does with the biases it finds: train, freeze or recentre them, all alike or by layer."""
+"""What a Balancer does with the biases that it finds: train, freeze or recentre them, for all layers or by layer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MOVE = torch.tensor([[-0.5, 0.5, 0.5, 0.5], [-0.5, 0.0, 0.5, 0.0]])
 
 
 def released() -> nn.Module:
-    """Two layers of four experts, with biases far from 0."""
+    """Return two layers of four experts, with biases far from 0."""
     model = nn.ModuleList(DeepseekV3MoE(tiny_config(n_routed_experts=4)) for _ in range(2))
     set_biases(model, RELEASED)
     return model
 
 
 def stepped(mode: str | Sequence[str]) -> tuple[Balancer, Tensor]:
-    """A Balancer after one step, and the biases it began with."""
+    """Return a Balancer after one step, and the biases it began with."""
     balancer = Balancer(released(), rate=0.5, mode=mode)
     start = balancer.bias_LE
     for gate, load_E in zip(balancer.gates, LOAD_LE):
@@ -40,11 +40,11 @@ def stepped(mode: str | Sequence[str]) -> tuple[Balancer, Tensor]:
     return balancer, start
 
 
-def centred(bias_LE: Tensor) -> Tensor:
+def recentred(bias_LE: Tensor) -> Tensor:
     return torch.tensor([[b - sum(row) / len(row) for b in row] for row in bias_LE.double().tolist()])
 
 
-def test_train_goes_on_from_where_the_biases_are() -> None:
+def test_train_moves_the_biases_from_where_they_are() -> None:
     balancer, start = stepped("train")
     assert torch.equal(start, RELEASED) and torch.equal(balancer.bias_LE, RELEASED + MOVE)
 
@@ -55,9 +55,9 @@ def test_freeze_counts_and_reports_and_never_moves() -> None:
     assert torch.equal(balancer.load_LE, LOAD_LE) and balancer.num_steps == 1
 
 
-def test_recentre_takes_the_mean_out_once_and_trains() -> None:
+def test_recentre_subtracts_the_mean_once_and_trains() -> None:
     balancer, start = stepped("recentre")
-    assert torch.equal(start, centred(RELEASED)) and torch.equal(balancer.bias_LE, start + MOVE)
+    assert torch.equal(start, recentred(RELEASED)) and torch.equal(balancer.bias_LE, start + MOVE)
     assert start.dtype == torch.float32 and not start.double().mean(-1).abs().gt(1e-6).any()
 
 
@@ -75,11 +75,11 @@ def test_modes_differ_by_layer() -> None:
     for first, second in (("freeze", "train"), ("recentre", "freeze"), ("train", "recentre")):
         balancer, start = stepped([first, second])
         for i, mode in enumerate((first, second)):
-            assert torch.equal(start[i], centred(RELEASED)[i] if mode == "recentre" else RELEASED[i])
+            assert torch.equal(start[i], recentred(RELEASED)[i] if mode == "recentre" else RELEASED[i])
             assert torch.equal(balancer.bias_LE[i], start[i] if mode == "freeze" else start[i] + MOVE[i])
 
 
-def test_resumed_biases_are_not_centred_again() -> None:
+def test_resumed_biases_are_not_recentred_again() -> None:
     first, _ = stepped("recentre")
     second = Balancer(released(), rate=0.5, mode="recentre")
     second.load_state_dict(first.state_dict())
@@ -150,14 +150,14 @@ def configured(tmp_path: Path) -> Any:
     return load
 
 
-def test_released_model_is_frozen_and_a_new_one_trains_unless_told(configured: Any) -> None:
+def test_released_model_is_frozen_and_a_new_one_trains_by_default(configured: Any) -> None:
     assert balancing_of(configured(path=True)).mode == "freeze"
     assert balancing_of(configured(path=False)).mode == "train"
 
 
 @pytest.mark.parametrize("mode", ["train", "freeze", "recentre"])
 @pytest.mark.parametrize("path", [True, False])
-def test_named_mode_counts(configured: Any, path: bool, mode: str) -> None:
+def test_named_mode_is_used_for_any_model(configured: Any, path: bool, mode: str) -> None:
     assert balancing_of(configured(path, f"balance.mode={mode}")).mode == mode
 
 
@@ -204,7 +204,7 @@ def test_modes_that_are_not_valid_are_refused_before_anything_starts(configured:
 
 @pytest.mark.parametrize("freeze", ["mode", "no Balancer", "rate"])
 def test_frozen_biases_keep_every_bit_while_all_else_trains(freeze: str) -> None:
-    """Whatever the training does: Adam on all parameters, casts, evaluations and a reload."""
+    """Adam with weight decay trains all parameters."""
     model = tiny_model(3)
     set_biases(model, torch.tensor([[5.001, 35.123456, -2.5, 1e-8, 0.1, 1 / 3, 2**-20, 7.0]] * 2))
     before = biases(model)

@@ -1,4 +1,4 @@
-"""The DeepSpeed dict that a run derives, and the learning rate's course."""
+"""The DeepSpeed dict that a run derives, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_our_tables_decide_and_the_deepspeed_table_passes_through() -> None:
     check_ds_config(derived)
 
 
-def test_learning_rate_warms_up_and_falls_to_its_last_part() -> None:
+def test_learning_rate_warms_up_and_decays_to_its_last_ratio() -> None:
     settings = ["train.steps=12", "optimizer.warmup_steps=4", "optimizer.min_lr_ratio=0.2"]
     config = load_config(TEST_CONFIG, settings)
     factors = [lr_factor(config, step) for step in range(13)]
@@ -81,14 +81,14 @@ def json_file(folder: Path, **keys: Any) -> Path:
 
 
 def both(folder: Path, overrides: Sequence[str] = (), *, without: str = "", world_size: int = 2, **keys: Any) -> Any:
-    """The configuration of configs/test.toml, without the lines that hold the word, and a DeepSpeed file."""
+    """Load configs/test.toml, less the lines that begin with the pattern, together with a DeepSpeed file."""
     toml = folder / "run.toml"
     lines = TEST_CONFIG.read_text().splitlines()
     toml.write_text("\n".join(line for line in lines if not without or not re.match(without, line)))
     return load_config(toml, overrides, world_size=world_size, deepspeed_json=json_file(folder, **keys))
 
 
-def test_a_deepspeed_file_says_what_the_toml_leaves_open(tmp_path: Path) -> None:
+def test_a_deepspeed_file_sets_what_the_toml_leaves_open(tmp_path: Path) -> None:
     config = both(
         tmp_path,
         without="micro_batch|global_batch|lr|warmup_steps|rate",
@@ -115,7 +115,7 @@ def test_a_deepspeed_file_says_what_the_toml_leaves_open(tmp_path: Path) -> None
     assert (balance.rate, balance.rule, balance.centered, balance.mode) == (0.125, "rms", True, "recentre")
 
 
-def test_auto_is_what_the_toml_says_and_else_the_default(tmp_path: Path) -> None:
+def test_auto_is_the_tomls_value_or_the_default(tmp_path: Path) -> None:
     auto = "auto"
     config = both(
         tmp_path,
@@ -178,7 +178,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_in_a_deepspeed_file_are_refused_where_deepspeed_would_say_nothing(case: str, tmp_path: Path) -> None:
+def test_mistakes_that_deepspeed_would_ignore_are_refused(case: str, tmp_path: Path) -> None:
     keys, words = MISTAKES[case]
     with pytest.raises(ConfigError, match=words):
         both(tmp_path, without="stage|clip", **keys)
@@ -188,7 +188,7 @@ def test_mistakes_in_a_deepspeed_file_are_refused_where_deepspeed_would_say_noth
     ("text", "words"),
     [("[1]", "must contain a JSON object"), ('{"a": ', "ds.json"), ('{"a": 1, "a": 2}', "duplicate key a")],
 )
-def test_a_file_that_is_no_configuration_is_named(text: str, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_configuration_is_named(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_config(TEST_CONFIG, deepspeed_json=tmp_path / "ds.json")
@@ -196,25 +196,25 @@ def test_a_file_that_is_no_configuration_is_named(text: str, words: str, tmp_pat
         load_config(TEST_CONFIG, deepspeed_json=tmp_path / "missing.json")
 
 
-def test_before_the_number_of_ranks_is_known_accumulation_contradicts_nothing(tmp_path: Path) -> None:
+def test_accumulation_contradicts_nothing_before_the_number_of_ranks_is_known(tmp_path: Path) -> None:
     keys = {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 2}
     path = json_file(tmp_path, **keys)
     assert load_config(TEST_CONFIG, deepspeed_json=path).train.global_batch == 8  # right for four ranks
     assert load_config(TEST_CONFIG, deepspeed_json=path, world_size=4).train.global_batch == 8
 
 
-# In a script of one's own.
+# In a user's own script.
 
 
-def test_a_key_that_deepspeed_would_pass_over_is_refused_in_a_dict_too() -> None:
-    with pytest.raises(ValueError, match=r"zero_optimisation is no key.*did you mean zero_optimization\?"):
+def test_a_key_that_deepspeed_would_ignore_is_refused_in_a_dict_too() -> None:
+    with pytest.raises(ValueError, match=r"zero_optimisation: unknown key.*did you mean zero_optimization\?"):
         check_ds_config({"zero_optimisation": {"stage": 1}})
     with pytest.raises(ValueError, match=r"gradient_clipping \(-1\) must be at least 0"):
         check_ds_config({"gradient_clipping": -1})
     check_ds_config({"something_of_a_plugin": 1})
 
 
-def test_section_stands_for_arguments_and_must_not_contradict_them() -> None:
+def test_section_replaces_arguments_and_must_not_contradict_them() -> None:
     sharding, balancing = Sharding(ep_degree=2), Balancing()
     assert with_section(sharding, {}) == sharding and with_section(balancing, {}) == balancing
     section = {"rule": "rms", "ep_degree": 2, "max_rows": 8}

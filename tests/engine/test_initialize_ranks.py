@@ -42,7 +42,7 @@ def started(
 
 
 def one_step(engine: Any, balancer: Any, step: int, micro_batches: int = 2) -> None:
-    """The rank's share of the step's batch, in micro-batches, as a user's script would do it."""
+    """Train on the rank's share of the step's batch, in micro-batches, as a user's script does."""
     batch, rank, world = tiny_batch(step, SEQUENCES, POSITIONS), dist.get_rank(), dist.get_world_size()
     for i in range(micro_batches):
         loss = engine(**part(batch, i * world + rank, micro_batches * world)).loss
@@ -67,7 +67,7 @@ def trained(stage: int, ep_degree: int, micro_batches: int = 2, **options: Any) 
 
 
 def plain() -> dict[str, Any]:
-    """The same training without DeepSpeed, ranks or micro-batches."""
+    """Return the result of the same training without DeepSpeed, ranks or micro-batches."""
     model = tiny_model()
     set_biases(model, random_biases(model, 1))
     alfb_dist.parallelize(model, ep_degree=1)
@@ -190,7 +190,7 @@ def state_of(engine: Any, balancer: Any) -> list[Tensor]:
 
 
 def not_finite_step(stage: int, bf16: bool, where: str) -> dict[str, Any]:
-    """A normal step, one whose gradients are not finite on rank 1, and a normal one."""
+    """Take a normal step, one whose gradients are not finite on rank 1, and another normal one."""
     engine, balancer = started(stage, 2, bf16=bf16)
     one_step(engine, balancer, 0)
     before = state_of(engine, balancer)
@@ -267,7 +267,7 @@ def stale_optimizer() -> str:
     return str(error.value)
 
 
-def test_experts_of_before_the_sharding_are_not_trained_unnoticed(ranks: Any) -> None:
+def test_parameters_of_experts_from_before_the_sharding_are_refused(ranks: Any) -> None:
     for message in ranks(2, stale_optimizer):
         assert "(8, 32, 24)" in message
 

@@ -1,4 +1,4 @@
-"""The two sets of settings: refused at the public functions, whose defaults are theirs."""
+"""Sharding and Balancing: their defaults are those of the public functions; values that are not valid are refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import alfb_dist
 from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.engine.balancer import rate_of
 
-DOORS = [alfb_dist.parallelize, alfb_dist.initialize, alfb_dist.Balancer, alfb_dist.BalanceCallback]
+PUBLIC = [alfb_dist.parallelize, alfb_dist.initialize, alfb_dist.Balancer, alfb_dist.BalanceCallback]
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_defaults_of_a_public_function_are_those_of_the_settings(door: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
+def test_defaults_of_a_public_function_are_those_of_the_settings(function: Callable[..., Any]) -> None:
     defaults = {field.name: field.default for kind in (Sharding, Balancing) for field in fields(kind)}
     defaults.pop("ep_degree")
-    parameters = inspect.signature(door).parameters
+    parameters = inspect.signature(function).parameters
     shared = {name: parameters[name].default for name in parameters if name in defaults}
     assert len(shared) >= 4 and shared == {name: defaults[name] for name in shared}
 
