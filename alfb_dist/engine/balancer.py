@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.balance.update_rule import Schedule, check_rule, rate_schedule, update_bias
-from alfb_dist.config.settings import Balancing
 from alfb_dist.distributed.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.engine.autoep import watch_autoep
+from alfb_dist.engine.balancing import Balancing
 from alfb_dist.engine.patches import patch_engine
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts

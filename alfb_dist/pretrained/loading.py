@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alfb_dist.config.settings import Sharding
 from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, group_rank, world_group
 from alfb_dist.moe.families.blocks import moe_blocks
 from alfb_dist.moe.parallelize import check_parallelizable, shard_model
 from alfb_dist.moe.sharded_experts import sharded_experts
+from alfb_dist.moe.sharding import Sharding
 from alfb_dist.pretrained.folder import (
     SIDECAR,
     choose_dtype,

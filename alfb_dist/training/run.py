@@ -16,7 +16,6 @@ from torch.distributed import ProcessGroup
 from alfb_dist import checkpoint
 from alfb_dist.config import Config, ConfigError
 from alfb_dist.config.provenance import differences, facts
-from alfb_dist.config.settings import balancing_of, sharding_of, start_patience
 from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_entropy
 from alfb_dist.distributed.agreement import first_ranks, on_every_rank
 from alfb_dist.distributed.collectives import known_groups, set_timeouts, share_objects
@@ -40,6 +39,7 @@ from alfb_dist.training.run_folder import (
     new_run_folder,
     write_config,
 )
+from alfb_dist.training.settings import balancing_of, sharding_of, start_patience
 
 
 @dataclass

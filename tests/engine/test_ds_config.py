@@ -13,8 +13,8 @@ from support.tiny import tiny_model
 
 import alfb_dist
 from alfb_dist.config import ConfigError, load_config
-from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.engine.balancer import rate_of
+from alfb_dist.engine.balancing import Balancing
 from alfb_dist.engine.ds_config import (
     check_ds_config,
     derive_ds_config,
@@ -23,6 +23,7 @@ from alfb_dist.engine.ds_config import (
     with_defaults,
     with_section,
 )
+from alfb_dist.moe.sharding import Sharding
 
 TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
 

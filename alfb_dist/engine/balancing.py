@@ -1,0 +1,33 @@
+"""How biases follow loads: the settings that a Balancer takes, as one object for those behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from alfb_dist.config.tables import MODES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balancing:
+    """How the selection biases follow the loads; see `alfb_dist.Balancer` and `rate_schedule` for the fields.
+
+    Raises ValueError if the mode is unknown, or the rate is a function and steps of a schedule are given too. The
+    rule's name and the numbers are checked by `engine.balancer.rate_of`.
+    """
+
+    rule: str = "sign"
+    rate: float | Callable[[int], float] = 1e-3
+    centered: bool = False
+    mode: str | Sequence[str] = "train"
+    warmup_steps: int = 0
+    zero_at_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for mode in (self.mode,) if isinstance(self.mode, str) else self.mode:
+            if mode not in MODES:
+                raise ValueError(
+                    f"mode must be one of {', '.join(MODES)}, or one of them for each MoE layer, got {mode!r}"
+                )
+        if callable(self.rate) and (self.warmup_steps or self.zero_at_step is not None):
+            raise ValueError("rate is a function: leave warmup_steps and zero_at_step out")
