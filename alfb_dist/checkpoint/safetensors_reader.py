@@ -120,5 +120,5 @@ def _stored(path: Path, name: str, record: Mapping[str, Any], first: int, size: 
     start, end = record["data_offsets"]
     stored = Stored(path, _DTYPES[record["dtype"]], tuple(record["shape"]), first + start)
     if min(stored.shape, default=0) < 0 or start < 0 or end - start != stored.bytes or first + end > size:
-        raise ValueError(f"{name} of shape {stored.shape} does not lie within the file as its header says")
+        raise ValueError(f"{name} of shape {stored.shape} is not within the file at the offset in the header")
     return stored

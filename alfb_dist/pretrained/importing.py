@@ -62,7 +62,7 @@ def from_hf(folder: Path, run_folder: Path) -> Path:
     try:
         share = Share(tmp, 0, [item.entry for item in items])
         for item in items:
-            share.put(item.entry.key, item.read(weights))
+            share.add(item.entry.key, item.read(weights))
         share.finish(_state(folder), balance)
         body = manifest.make(
             step=0,

@@ -16,7 +16,7 @@ VALUES = torch.arange(10, dtype=torch.int64)
 
 
 def _gather(parameter: str) -> list[list[int]]:
-    """ "split" lies on ranks 0 and 1 as elements 0 to 6 and 6 to 10; of "short" no rank has the last element."""
+    """Return what this rank gathers of "split", held in two parts, or of "short", whose last element no rank holds."""
     rank = dist.get_rank()
     held = {"split": [(0, 6), (6, 10)][rank], "short": [(0, 6), (6, 9)][rank]}
 

@@ -1,4 +1,4 @@
-"""Saves made by hand, without a run, and ways to damage one."""
+"""Saves made without a run, and ways to damage one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYER = "model.layers.1.mlp.experts"
 
 
 def fabricate(checkpoints: Path, step: int) -> Path:
-    """A good save of two experts and little else: one file of each kind."""
+    """Write a good save of two experts and little else, one file of each kind; return its directory."""
     path = folder.step_folder(checkpoints, step)
     tmp = folder.start(path)
     torch.manual_seed(step)
@@ -50,47 +50,47 @@ def fabricate(checkpoints: Path, step: int) -> Path:
 
 
 def flip(path: Path, bit: int) -> None:
-    """One bit of the file is the other."""
+    """Flip one bit of the file."""
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
 
 
 def flip_some_bit(path: Path, seed: int) -> None:
-    """One bit of the file, chosen by the seed, is the other."""
+    """Flip one bit of the file, chosen by the seed."""
     flip(path, random.Random(seed).randrange(8 * path.stat().st_size))
 
 
 def truncate(path: Path, seed: int) -> None:
-    """The file ends earlier, at a place chosen by the seed."""
+    """Truncate the file at a byte chosen by the seed."""
     size = path.stat().st_size
     with open(path, "rb+") as file:
         file.truncate(random.Random(seed).randrange(size))
 
 
 def swap(first: Path, second: Path) -> None:
-    """Each file has the content of the other."""
+    """Exchange the content of two files."""
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
 
 
 def edit_manifest(save: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The manifest is changed, with a checksum that fits."""
+    """Change the manifest and its checksum."""
     body = manifest.read(save)
     change(body)
     (save / manifest.NAME).write_bytes(manifest.encode(body))
 
 
 def accept(save: Path, name: str) -> None:
-    """The manifest has the size and hash that the file has now."""
+    """Set the size and hash of a file in the manifest to the present ones."""
     data = (save / name).read_bytes()
     record = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     edit_manifest(save, lambda body: body["files"].update({name: record}))
 
 
 def swap_tensors(save: Path, first: str, second: str) -> None:
-    """Two tensors of one file have each other's content, and the manifest says so; only fingerprints can tell."""
+    """Exchange the content of two tensors of a file, in the manifest too, so that only fingerprints differ."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
