@@ -27,11 +27,8 @@ from alfb_dist.distributed.network import own_address
 
 ANSWER_SECONDS = 1.0
 LINGER_SECONDS = 1.0  # how long a failed rank still answers; else others would take it for the first that failed
-_WAITING = (
-    "distributed_c10d.py",
-    "memory_transport.py",
-    "collectives.py",
-)  # files whose functions wait for other ranks
+# Files whose functions wait for other ranks.
+_WAITING = ("distributed_c10d.py", "memory_transport.py", "collectives.py")
 _PACKAGE = str(Path(__file__).parents[1])
 
 
