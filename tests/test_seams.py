@@ -15,7 +15,6 @@ import alfb_dist
 PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.parent
 PAGE = (ROOT / "docs" / "seams.md").read_text()
-PLACES = set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGE))
 WORDS = set(re.findall(r"\w+", PAGE))
 
 UPSTREAM = {"torch", "deepspeed", "transformers"}
@@ -28,6 +27,11 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
         yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text())
 
 
+def places(text: str) -> set[tuple[str, str]]:
+    """Every `file:name` of a page."""
+    return set(re.findall(r"`([\w/]+\.py):([\w.]+)`", text))
+
+
 def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
     """The dotted names of functions, methods and classes."""
     for node in body:
@@ -36,9 +40,10 @@ def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
             yield from definitions(node.body, f"{prefix}{node.name}.")
 
 
-def test_places_of_the_page_exist() -> None:
+@pytest.mark.parametrize("page", ["architecture.md", "seams.md"])
+def test_places_of_a_page_exist(page: str) -> None:
     missing = []
-    for file, name in sorted(PLACES):
+    for file, name in sorted(places((ROOT / "docs" / page).read_text())):
         path = (ROOT if file.startswith("tests/") else PACKAGE) / file
         if not path.is_file() or name not in definitions(ast.parse(path.read_text()).body):
             missing.append(f"{file}:{name}")
@@ -128,7 +133,7 @@ def sites(tree: ast.Module) -> set[str]:
 
 
 def test_hooks_patches_and_class_swaps_are_on_the_page() -> None:
-    named = {(file, name.split(".")[0]) for file, name in PLACES}
+    named = {(file, name.split(".")[0]) for file, name in places(PAGE)}
     assert not {f"{file}:{name}" for file, tree in modules() for name in sites(tree) if (file, name) not in named}
 
 
