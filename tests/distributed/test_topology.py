@@ -325,7 +325,7 @@ def test_interface_leads_to_the_first_rank_unless_given_or_set(monkeypatch: pyte
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     assert choose_interface("203.0.113.1", "lo") == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"  # set by the user: stays
-    with pytest.raises(ValueError, match=r"run\.interface \(eth77\): this host has .*lo"):
+    with pytest.raises(ValueError, match=r"run\.interface \(eth77\) must be one of this host's: .*lo"):
         choose_interface("127.0.0.1", "eth77")
 
 
