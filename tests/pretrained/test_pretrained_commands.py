@@ -110,7 +110,7 @@ def test_verify_takes_given_tokens(tmp_path: Path, capsys: pytest.CaptureFixture
         assert f"{count} of {count}" in capsys.readouterr().out
     (tmp_path / "ids.json").write_text("[1, 61]")
     assert alfb("verify", tmp_path / "a", "--against", tmp_path / "a", "--tokens", tmp_path / "ids.json") == 78
-    assert "vocabulary of 61" in capsys.readouterr().err
+    assert "token ids must be below 61" in capsys.readouterr().err
 
 
 def test_reshard_changes_the_layout_and_the_files_and_nothing_else(tmp_path: Path) -> None:

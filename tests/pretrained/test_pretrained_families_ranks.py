@@ -137,7 +137,7 @@ def test_interleaved_experts_are_refused_by_name_and_written_fused(tmp_path: Pat
         model.save_pretrained(tmp_path / f"{hub}", save_original_format=hub)
     assert "not supported" in refusal(lambda: alfb_dist.from_pretrained(tmp_path / "True", ep_degree=1))
     found = alfb_dist.from_pretrained(tmp_path / "False", ep_degree=1)
-    assert "layout 'fused' is" in refusal(lambda: alfb_dist.save_pretrained(found, tmp_path / "x"))
+    assert "use layout 'fused'" in refusal(lambda: alfb_dist.save_pretrained(found, tmp_path / "x"))
     alfb_dist.save_pretrained(found, tmp_path / "out", layout="fused")
     assert torch.equal(logits(read(tmp_path / "out")), logits(model.eval()))
 
