@@ -1,4 +1,4 @@
-"""Pieces of a model's tensors, brought from the ranks that hold them to those that write them, a few at a time."""
+"""Pieces of a model's tensors, gathered from the ranks that hold them by those that write them, a batch at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.outputs import Piece
 
 BATCH_BYTES, LEAST_BYTES = 4 << 20, 1 << 20
-"""How much all writers together are sent at a time, and the least that each of them is sent."""
+"""Bytes that all writers together are sent at a time, and the least for each of them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's part of a tensor: elements start, start + 1, ... of the tensor flattened, as this rank has it."""
+    """This rank's elements of a flattened tensor, from element `start` on."""
 
     flat: Tensor
     start: int = 0
@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Experts:
-    """How a tensor is cut over ranks: experts in all and on each, elements of an expert."""
+    """How a tensor is sharded: experts in total and on each rank, and elements of an expert."""
 
     num_experts: int
     num_local: int
@@ -37,9 +37,9 @@ class _Experts:
 
 
 def batches(waiting: list[list[Piece]], widths: Mapping[str, int]) -> Iterator[list[tuple[int, Piece]]]:
-    """(writer, piece) of every writer's pieces in order, a few at a time, large ones cut.
+    """Yield (writer, piece) of every writer's pieces in order, a batch at a time, with large pieces divided.
 
-    widths: bytes of an element, by the names of tensors.
+    widths: bytes of an element by name of the tensor.
     """
     queues, room = [list(reversed(queue)) for queue in waiting], max(LEAST_BYTES, BATCH_BYTES // len(waiting))
     while any(queues):

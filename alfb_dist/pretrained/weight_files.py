@@ -1,10 +1,11 @@
-"""The weight files of a transformers folder: one safetensors file, or several with an index."""
+"""The weight files of a transformers directory: one safetensors file, or several with an index."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from alfb_dist.checkpoint.safetensors_file import first_keys
 from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
 
 WEIGHTS = "model.safetensors"
@@ -13,26 +14,23 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def open_folder(folder: Path) -> SafetensorsReader:
-    """The tensors of a transformers folder, one file or several with an index.
-
-    ValueError, naming files, if there are none, some are missing, or only pickled weights are there.
-    """
+    """Return the tensors of a transformers directory. Raises ValueError if files are missing or pickled."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; models are read from local folders, nothing is fetched")
+        raise ValueError(f"{folder} is not a directory: give a local one, nothing is fetched")
     if not (folder / INDEX).is_file():
         if (folder / WEIGHTS).is_file():
             return SafetensorsReader([folder / WEIGHTS])
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         if pickled:
             raise ValueError(
-                f"{folder} has pickled weights only ({pickled[0]}); unpickling can run code, so they are not read: "
+                f"{folder} has pickled weights only ({pickled[0]}), which can run code and are not read: "
                 "convert them to safetensors"
             )
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
     places = _weight_map(folder / INDEX)
     missing = sorted(name for name in set(places.values()) if not (folder / name).is_file())
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, named in {INDEX}")
+        raise ValueError(f"{folder} lacks {first_keys(missing)}, named in {INDEX}")
     reader = SafetensorsReader(folder / name for name in sorted(set(places.values())))
     wrong = sorted(n for n, file in places.items() if n not in reader.tensors or reader.tensors[n].path.name != file)
     if wrong:
@@ -47,5 +45,5 @@ def _weight_map(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged: {type(e).__name__}: {e}") from e
     if outside:
-        raise ValueError(f"{path} names a file outside its folder: {outside[0]}")
+        raise ValueError(f"{path} names a file outside the directory: {outside[0]}")
     return dict(places)
