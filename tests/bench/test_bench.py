@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import alfb_dist
 from alfb_dist.bench import contestants, document, memory, spawn, timing, worker
 from alfb_dist.bench.contestants import OURS, THEIRS, Run, build, make_run, make_tokens, make_weights, products
 from alfb_dist.bench.plot import bars
@@ -160,7 +161,8 @@ def test_a_routed_row_keeps_the_first_product_and_little_else(path: str) -> None
     run = Run(forward, lambda out: out.sum().backward())
     kept = memory.kept_bytes(run, (x, weights, gate_up, down))
     first_product = rows * top_k * 2 * inner * 4
-    assert first_product <= kept <= first_product + 16 * rows * top_k + 1000
+    per_slot = 16 if path == "grouped" or alfb_dist.cpu.has_kernels() else 20  # bytes
+    assert first_product <= kept <= first_product + per_slot * rows * top_k + 1000
 
 
 def test_the_block_keeps_less_than_half_of_what_transformers_keeps() -> None:
