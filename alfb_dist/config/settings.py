@@ -1,6 +1,6 @@
-"""The two sets of settings that pass through the package as one object each: how experts are sharded, how biases move.
+"""Two sets of settings that pass through the package as one object each: how experts are sharded, how biases move.
 
-The public functions build them from their arguments; what stands behind those passes the object on.
+The public functions build them from their arguments; all code behind these passes the objects on.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Sharding:
 class Balancing:
     """How the selection biases follow the loads; see `alfb_dist.Balancer` and `rate_schedule` for the fields.
 
-    Raises ValueError if the mode is unknown, or the rate is a function and steps of a schedule are given too. The
-    rule's name and the numbers are checked by `engine.balancer.rate_of`.
+    Raises ValueError for an unknown mode, or a schedule's steps together with a rate that is a function.
+    `engine.balancer.rate_of` checks the rule's name and the numbers.
     """
 
     rule: str = "sign"
@@ -75,7 +75,7 @@ def start_patience(config: Config) -> float:
 
 
 def sharding_of(config: Config) -> Sharding:
-    """Return the sharding of a run as it is built: exchanges wait as long as `start_patience` says."""
+    """Return the sharding of a run, with `start_patience` as its timeout: set the run's own when it starts."""
     return Sharding(
         ep_degree=config.parallel.ep_degree,
         max_rows=config.parallel.max_rows,

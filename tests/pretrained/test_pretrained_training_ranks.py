@@ -111,7 +111,7 @@ def test_run_from_an_imported_checkpoint_is_to_the_bit_the_run_from_its_folder(t
 
 def start_imported(folder: Path, mode: str) -> tuple[list[str], Tensor, list[str]]:
     run = runs.start(load_config(folder / "new.toml", ["run.resume=true", f"balance.mode='{mode}'"], world_size=2))
-    return run.balancer.modes, run.balancer.bias_LE, run.notes
+    return run.balancer.modes, run.balancer.bias_LE, run.messages
 
 
 def test_imported_biases_freeze_unless_a_mode_is_named_and_are_recentred_if_asked(tmp_path: Path) -> None:
