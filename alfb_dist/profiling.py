@@ -1,4 +1,4 @@
-"""Named ranges in torch's profiler traces: `span` marks them, `record` keeps traces of a training run's steps."""
+"""Named ranges in torch's profiler traces."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OFF: AbstractContextManager[Any] = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """Within the context, a profiler that is on sees a range of this name; without one this costs a quarter of a
+    """Return a context that a running profiler records as a range of this name; without one it costs a quarter of a
     microsecond.
 
-    Its backward needs no mark: `trace.mark_backward` finds it.
+    The range of its backward is added to the trace later, see training/trace.py.
     """
     return torch.profiler.record_function(name) if torch._C._autograd._profiler_enabled() else _OFF

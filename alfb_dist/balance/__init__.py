@@ -1,1 +1,1 @@
-"""What the papers define, as pure functions of tensors: routing, update rules, auxiliary losses, metrics."""
+"""The papers' equations as pure functions of tensors: routing, update rules, auxiliary losses, metrics."""

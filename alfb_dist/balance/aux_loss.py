@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def sequence_loss(scores_BSE: Tensor, mask_BS: Tensor | None, top_k: int) -> Tensor:
-    """The mean over sequences of sum_i f_i P_i, a scalar with gradient through P; alpha is not applied.
+    """Return the mean over sequences of sum_i f_i P_i, a scalar with gradient through P, without alpha.
 
     f_i = E / (K S) * tokens of the sequence whose top-k of s, without the bias, contains expert i; P_i = the sequence's
-    mean of s_i / sum_j s_j. mask_BS: False on padding, which counts nowhere; a sequence of padding only counts as 0.
+    mean of s_i / sum_j s_j. mask_BS: False on padding, which counts nowhere; a sequence of only padding counts as 0.
     Source: arXiv:2412.19437, equations 17 to 20.
     """
     _, positions, num_experts = scores_BSE.shape
@@ -33,7 +33,7 @@ def sequence_loss(scores_BSE: Tensor, mask_BS: Tensor | None, top_k: int) -> Ten
 
 
 def batch_loss(scores_TE: Tensor, mask_T: Tensor | None, load_E: Tensor, top_k: int, num_ranks: int = 1) -> Tensor:
-    """Return this rank's part of sum_i f_i P_i over the whole batch of all ranks, a scalar; alpha is not applied.
+    """Return this rank's part of sum_i f_i P_i over the batch of all ranks, a scalar, without alpha.
 
     f_i = E / (K T) * load_i and P_i = the mean of s_i, both over the T unpadded tokens of every rank.
     load_E: int64, the unpadded load summed over num_ranks ranks. Averaging the gradients of all ranks gives the
@@ -48,16 +48,18 @@ def batch_loss(scores_TE: Tensor, mask_T: Tensor | None, load_E: Tensor, top_k: 
 
 @dataclass
 class LossScale:
-    """What the backward of the model's loss started with: 1 over the accumulation steps, times any loss scale."""
+    """The gradient with which the backward of the model's loss starts: any loss scale over the accumulation steps."""
 
     gradient: Tensor | None = field(default=None)
 
     def of(self, loss: Tensor) -> Tensor:
-        """The same loss; its backward notes the scale before it reaches any router."""
-        return _NoteScale.apply(loss, self)
+        """Return the loss with a backward that sets the scale before it reaches any router."""
+        return _SetScale.apply(loss, self)
 
 
-class _NoteScale(torch.autograd.Function):
+class _SetScale(torch.autograd.Function):
+    """The identity; its backward keeps the gradient of the loss."""
+
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scale: LossScale) -> Tensor:
         ctx.scale = scale
@@ -70,6 +72,8 @@ class _NoteScale(torch.autograd.Function):
 
 
 class _Attach(torch.autograd.Function):
+    """The identity of the weights; the auxiliary loss gets the scale as its gradient."""
+
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, loss: Tensor, scale: LossScale) -> Tensor:
         ctx.scale, ctx.dtype = scale, loss.dtype
@@ -86,5 +90,8 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(weights_TK: Tensor, loss: Tensor, scale: LossScale) -> Tensor:
-    """The same weights; their backward also runs the loss's, with the scale of the model's own loss."""
+    """Return the weights with a backward that also runs the loss's, scaled as the model's own loss.
+
+    The backward raises RuntimeError if it did not start from the model's loss.
+    """
     return _Attach.apply(weights_TK, loss, scale)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def max_violation(load_LE: Tensor) -> Tensor:
-    """How far the busiest expert of each layer is above the mean, relative to the mean: (L,) float64.
+    """Return by how much the busiest expert of each layer exceeds the mean, relative to the mean: (L,) float64.
 
-    load_LE: tokens per layer and expert, (..., E). 0 is perfect balance and also stands for a layer without any
-    load; E - 1 is the collapse onto one expert. Source: MaxVio of arXiv:2408.15664, section 4.1.
+    load_LE: tokens per layer and expert, (..., E). 0 is perfect balance, or no load; E - 1 is
+    the collapse onto one expert. Source: MaxVio of arXiv:2408.15664, section 4.1.
     """
     load = load_LE.to(torch.float64)
     mean = load.mean(-1)
@@ -18,7 +18,7 @@ def max_violation(load_LE: Tensor) -> Tensor:
 
 
 def rank_skew(load_LE: Tensor, ep_degree: int) -> Tensor:
-    """Rows of the busiest expert-parallel rank over the mean rank, per layer: (L,) float64; 1 is even, 1 without load.
+    """Return the rows of the busiest expert-parallel rank over the mean, per layer: (L,) float64; 1 if even or empty.
 
     Expert i belongs to rank i // (E / ep_degree).
     """
@@ -28,10 +28,10 @@ def rank_skew(load_LE: Tensor, ep_degree: int) -> Tensor:
 
 
 def dead_experts(load_LE: Tensor) -> int:
-    """How many experts, over all layers, got no token."""
+    """Return the number of experts, over all layers, without a token."""
     return int((load_LE == 0).sum())
 
 
 def bias_range(bias_LE: Tensor) -> float:
-    """The widest spread (max - min) of the biases within one layer, in score units."""
+    """Return the widest spread (max - min) of the biases within one layer, in score units."""
     return float((bias_LE.amax(-1) - bias_LE.amin(-1)).max()) if bias_LE.numel() else 0.0

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How a family turns logits into choices and weights."""
+    """A rule that turns logits into choices and weights."""
 
     top_k: int
     score: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -27,7 +27,7 @@ class RouterSpec:
     normalize: bool = True
     scaling: float = 1.0
     descending: bool = False
-    """Whether a token's experts come in the order of their biased scores; otherwise in any order."""
+    """Whether a token's experts are ordered by their biased scores, the best first."""
 
 
 def float32_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ def float32_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def gate_scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """The scores s of each token and expert, before any bias: (T, E)."""
+    """Return the scores s of each token and expert, before any bias: (T, E)."""
     return logits_TE.sigmoid() if spec.score == "sigmoid" else logits_TE.softmax(-1)
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> Tensor:
-    """The top-k experts of score + bias: (T, K) int64.
+    """Return the top-k experts of score + bias: (T, K) int64.
 
     With a group limit, only the groups with the largest sums of their two best biased scores take part; the others are
     masked with -inf, since 0 would beat negative biased scores. Source: arXiv:2412.19437, section 2.1.2.
@@ -58,7 +58,7 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -
 
 
 def combine_weights(scores_TE: Tensor, expert_ids_TK: Tensor, spec: RouterSpec) -> Tensor:
-    """The weights of the chosen experts, from the unbiased scores: (T, K); differentiable in the scores."""
+    """Return the weights of the chosen experts, from the unbiased scores: (T, K); differentiable in the scores."""
     weights_TK = scores_TE.gather(-1, expert_ids_TK)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

@@ -1,8 +1,6 @@
 """The update rules of auxiliary-loss-free load balancing, and schedules for their rate. Pure functions.
 
-A rule turns the loads of one finished step into a direction per expert, which `update_bias` scales by the rate. Rules
-see loads only. One that needs more of the batch (the quantile rule needs histograms of the scores) would come with its
-own statistic beside the load; nothing here assumes that the load is the only one.
+A rule turns the loads of one finished step into a direction per expert, which `update_bias` scales by the rate.
 """
 
 from __future__ import annotations
@@ -17,24 +15,24 @@ Schedule = Callable[[int], float]
 
 
 def _sign(load_LE: Tensor) -> Tensor:
-    """sign(mean - load), exact in integers. Source: arXiv:2408.15664, algorithm 1."""
+    """Return sign(mean - load), exact in integers. Source: arXiv:2408.15664, algorithm 1."""
     return torch.sign(load_LE.sum(-1, keepdim=True) - load_LE.shape[-1] * load_LE).to(torch.float64)
 
 
 def _share_error(load_LE: Tensor) -> Tensor:
-    """Each expert's target share of the load, 1 / E, minus its share; 0 where a layer has no load."""
+    """Return each expert's target share of the load, 1 / E, minus its share; 0 where a layer has no load."""
     total = load_LE.sum(-1, keepdim=True)
     share = load_LE.to(torch.float64) / total.clamp(min=1).to(torch.float64)
     return torch.where(total > 0, 1.0 / load_LE.shape[-1] - share, 0.0)
 
 
 def _proportional(load_LE: Tensor) -> Tensor:
-    """Target share minus share. Sources: LongCat-Flash; the proportional rule of arXiv:2408.15664 up to scale."""
+    """Return the share error. Sources: LongCat-Flash; the proportional rule of arXiv:2408.15664 up to scale."""
     return _share_error(load_LE)
 
 
 def _rms(load_LE: Tensor) -> Tensor:
-    """The share error over its own root mean square: a move of one rate on average. Source: kexue.fm 10757."""
+    """Return the share error over its root mean square, a move of one rate on average. Source: kexue.fm 10757."""
     error = _share_error(load_LE)
     rms = error.square().mean(-1, keepdim=True).sqrt()
     return torch.where(rms > 0, error / rms.clamp(min=1e-300), 0.0)
@@ -44,7 +42,7 @@ RULES: dict[str, Rule] = {"sign": _sign, "proportional": _proportional, "rms": _
 
 
 def check_rule(rule: str, rate: float) -> None:
-    """Nothing, or ValueError naming the field, the valid values and the value."""
+    """Raise ValueError if the rule is unknown or the rate is negative or not finite."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not 0 <= rate < float("inf"):
@@ -52,7 +50,7 @@ def check_rule(rule: str, rate: float) -> None:
 
 
 def update_bias(bias_LE: Tensor, load_LE: Tensor, *, rate: float, rule: str = "sign", centered: bool = False) -> Tensor:
-    """The routing biases moved one step toward equal expert load; the input is left as it is.
+    """Return the routing biases, moved one step toward equal expert load.
 
     bias_LE: float32, score units, any leading dimensions; decides selection only, never combine weights.
     load_LE: int64, same shape: tokens per expert over the global batch, already summed over ranks.
@@ -60,7 +58,7 @@ def update_bias(bias_LE: Tensor, load_LE: Tensor, *, rate: float, rule: str = "s
     rule: "sign" moves every expert by one rate, "proportional" by the rate times its share error (1/E - share),
         "rms" by the rate times that error over its root mean square.
     centered: subtract the mean of the move, so that the mean of the bias never drifts.
-    Raises ValueError for other shapes, dtypes, rules or rates. Source: arXiv:2408.15664, algorithm 1.
+    Raises ValueError for any other shape, dtype, rule or rate. Source: arXiv:2408.15664, algorithm 1.
     """
     check_rule(rule, rate)
     if bias_LE.shape != load_LE.shape:
@@ -76,10 +74,10 @@ def update_bias(bias_LE: Tensor, load_LE: Tensor, *, rate: float, rule: str = "s
 
 
 def rate_schedule(rate: float, *, warmup_steps: int = 0, zero_at_step: int | None = None) -> Schedule:
-    """A function from the optimizer step (the first is 0) to its rate.
+    """Return a function from the optimizer step (the first is 0) to its rate.
 
-    The rate rises linearly over `warmup_steps`, stays, and is 0 from `zero_at_step` on (DeepSeek-V3 trains its last
-    500B tokens so). Raises ValueError for negative or crossing steps.
+    The rate rises linearly over `warmup_steps`, stays, and is 0 from `zero_at_step` on, as in the last 500B tokens of
+    DeepSeek-V3. Raises ValueError if `warmup_steps` is negative or `zero_at_step` not beyond it.
     """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")

@@ -1,1 +1,1 @@
-"""The MoE layer with sharded experts, and how a transformers model gets it."""
+"""The MoE layer with sharded experts, and its place in a transformers model."""

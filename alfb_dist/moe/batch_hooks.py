@@ -1,4 +1,4 @@
-"""Hooks on a model that tell its gates the shape and padding of each micro-batch, and the scale of its loss."""
+"""Hooks on a model that give its gates the shape and padding of each micro-batch, and the scale of its loss."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from alfb_dist.moe.recompute import replay_checkpoints
 
 
 def _first_gate(model: nn.Module) -> BalancedGate:
-    """The gate by which a hook finds the batch of the model that it runs in, which may be a copy of the hooked one."""
+    """Return a gate with the batch of the model in which a hook runs, which may be a copy of the hooked one."""
     return next(m for m in model.modules() if isinstance(m, BalancedGate))
 
 
 def _around_gates(model: nn.Module, *names: str) -> list[nn.Module]:
-    """The modules that hold all the model's gates and whose forward takes arguments of these names, outermost first."""
+    """Return the modules that hold all the model's gates and whose forward takes these arguments, outermost first."""
     gates = {m for m in model.modules() if isinstance(m, BalancedGate)}
     around = [m for m in model.modules() if gates <= set(m.modules())]
     return [m for m in around if set(names) <= set(inspect.signature(m.forward).parameters)]
 
 
 def _takes_batch(signature: inspect.Signature) -> bool:
-    """Whether a forward can be given token ids or a mask; that of a block alone cannot."""
+    """Whether a forward can take token ids or a mask, unlike that of a single block."""
     named = any(name in signature.parameters for name in ("input_ids", "inputs_embeds", "attention_mask"))
     return named or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
@@ -33,8 +33,8 @@ def _takes_batch(signature: inspect.Signature) -> bool:
 def track_batches(model: nn.Module) -> None:
     """Set the batch of the model's gates before each forward, whichever way the model is called.
 
-    The hook is where the token ids and the mask come last together: wrappers and heads around that do not matter.
-    An evaluation leaves those of the last training forward. A checkpointed layer is recomputed with those that it had.
+    The hook is on the innermost module that takes both token ids and mask: wrappers and heads around it do not matter.
+    An evaluation leaves the batch of the last training forward. A checkpointed layer is recomputed with its own batch.
     """
     innermost = ([model, *_around_gates(model, "input_ids", "attention_mask")])[-1]
     signature = inspect.signature(innermost.forward)
@@ -74,7 +74,7 @@ def padding_mask(attention_mask: Any, positions: int | None = None) -> Tensor | 
 
 
 def track_loss_scale(model: nn.Module) -> None:
-    """Let the auxiliary losses know the scale of the loss that a model with labels returns, as its backward starts."""
+    """Pass the scale of the loss that a model with labels returns to the auxiliary losses, as its backward starts."""
 
     def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         loss = getattr(output, "loss", None)

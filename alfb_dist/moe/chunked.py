@@ -1,6 +1,7 @@
-"""A bound on the rows that a rank's experts hold at once, wherever the router sends the tokens.
+"""A limit on the rows that a rank's experts hold at once, wherever the router sends the tokens.
 
-Beyond it, tokens go in pieces, each computed again in the backward: memory no longer follows the busiest rank.
+Beyond it, tokens are processed in chunks, each computed again in the backward: memory does not grow with the load of
+the busiest rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.moe.permute import destinations
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_TD, expert_ids_TK, weights_TK) -> (T, D), each token's own; collective."""
+"""(x_TD, expert_ids_TK, weights_TK) -> (T, D), row by row; collective."""
 
 
 def in_chunks(
@@ -27,10 +28,10 @@ def in_chunks(
     num_local_experts: int,
     exchange: Exchange | None,
 ) -> Tensor:
-    """compute(x_TD, ...), with at most max_rows rows on any rank of the group at once; collective.
+    """Return compute(x_TD, ...), with at most max_rows rows on any rank of the group at once; collective.
 
-    max_rows: at least the number of ranks. Where all tokens fit at once, nothing is done differently. The result is the
-    same, the sums in the gradients of weights come in another order.
+    max_rows: at least the number of ranks. Where all tokens fit, they are computed at once. In chunks the result is the
+    same; sums in the gradients of weights are taken in another order.
     """
     num_ranks = 1 if exchange is None else exchange.num_ranks
     num_tokens = x_TD.shape[0]
@@ -42,12 +43,12 @@ def in_chunks(
         most_tokens, busiest = max(tokens), max(map(sum, rows))
     if busiest <= max_rows:
         return compute(x_TD, expert_ids_TK, weights_TK)
-    at_once = max_rows // num_ranks  # tokens of each rank: were they all for one rank, it would get max_rows
-    pieces = []
-    for start in range(0, most_tokens, at_once):
-        inputs = (t[start : start + at_once] for t in (x_TD, expert_ids_TK, weights_TK))
+    chunk = max_rows // num_ranks  # tokens of each rank: if all went to one rank, it would get max_rows
+    outputs = []
+    for start in range(0, most_tokens, chunk):
+        inputs = (t[start : start + chunk] for t in (x_TD, expert_ids_TK, weights_TK))
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False))
+            outputs.append(checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
-            pieces.append(compute(*inputs))
-    return torch.cat(pieces)
+            outputs.append(compute(*inputs))
+    return torch.cat(outputs)

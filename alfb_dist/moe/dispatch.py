@@ -1,9 +1,9 @@
 """Tokens to the ranks that own their experts, and back.
 
-A token crosses to a rank once, however many of its experts live there, with the ids and weights of those experts; the
-rank returns one row, the weighted sum of what its experts made of the token. So the bytes each way are the distinct
-(token, rank) pairs times the row's bytes, and the experts never know whether expert parallelism is on: they always get
-rows with K slots, of which some are empty.
+A token is sent to a rank once, however many of its experts are there, with the ids and weights of those experts; the
+rank returns one row, the weighted sum of its experts' outputs. So the bytes each way are the distinct (token, rank)
+pairs times the bytes of a row, and the experts never know whether expert parallelism is on: they always get rows with K
+slots, of which some are empty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alfb_dist.moe.permute import add_up, plan
 
 @dataclass
 class Route:
-    """The way of the rows of one dispatch, there and back."""
+    """The record of one dispatch, by which rows return to their tokens."""
 
     exchange: Exchange
     num_tokens: int
@@ -33,22 +33,22 @@ class Route:
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group. Its own rows are counted as sent and received, but go nowhere."""
+        """This rank's place in the group. Its own rows count as sent and received, but are not moved."""
         return self.exchange.rank
 
 
 @dataclass
 class Sent:
-    """Tokens on their way to their experts; or that stay, where there is no route."""
+    """Tokens on their way to their experts, or that stay where they are if there is no route."""
 
     x_TD: Tensor
     weights: Tensor  # (N, K) of the sent rows, or (T, K)
     expert_ids: Tensor  # the same; int32 and local to the receiving rank, or as they are
     route: Route | None = None
     slot_counts: list[int] | None = None  # filled slots for each rank; once received, from each rank
-    ticket: Tensor | None = None  # of one number; leads the backward from what arrives to what was sent
+    ticket: Tensor | None = None  # one number, through which the backward of `receive` reaches that of `send`
     underway: Underway | None = None  # in the forward the rows, in the backward their gradients
-    own_grads: tuple[Tensor, Tensor] | None = None  # in the backward: what this rank need not send to itself
+    own_grads: tuple[Tensor, Tensor] | None = None  # in the backward, of the rows that stay on this rank
 
 
 def _parts(counts: list[int]) -> list[slice]:
@@ -58,9 +58,9 @@ def _parts(counts: list[int]) -> list[slice]:
 def send(
     x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, exchange: Exchange | None
 ) -> Sent:
-    """Every token is on its way to where its experts are; collective, differentiable. `receive` must follow.
+    """Start to send every token to its experts' ranks; collective, differentiable. `receive` must follow.
 
-    What is computed in between costs no time while rows are underway, nor in the backward while their gradients are.
+    What is computed in between overlaps the exchange, in the backward too.
     expert_ids_TK: int64 in [0, E]; E marks an empty slot. Expert i belongs to rank i // num_local_experts of the group.
     Without an exchange (or with one rank) the tokens stay as they are and there is no route.
     """
@@ -74,24 +74,24 @@ def send(
 
 
 def receive(sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token is where its experts are: (rows_RD, expert_ids_RK, weights_RK); collective, differentiable.
+    """Return the tokens of this rank's experts: (rows_RD, expert_ids_RK, weights_RK); collective, differentiable.
 
     The ids are local, in [0, num_local_experts); an empty slot holds num_local_experts and weight 0.
     """
     if sent.route is None:
         return sent.x_TD, sent.expert_ids, sent.weights
-    ticket, sent.ticket = sent.ticket, None  # whose graph holds `sent`: kept, they would keep each other
+    ticket, sent.ticket = sent.ticket, None  # its graph holds `sent`: a reference cycle
     rows_RD, weights_RK, ids_RK = _Receive.apply(ticket, sent)
     return rows_RD, ids_RK, weights_RK
 
 
 def combine(rows_RD: Tensor, route: Route | None) -> Tensor:
-    """Each token's output, the sum of the rows that its ranks made of it: (T, D); collective, differentiable."""
+    """Return each token's output, the sum of its ranks' rows: (T, D); collective, differentiable."""
     return rows_RD if route is None else _Combine.apply(rows_RD, route)
 
 
 def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
-    """The rows of all ranks in rank order, of which this rank's are those of its tokens: (R, D)."""
+    """Return the rows of all ranks in rank order, this rank's being those of its tokens: (R, D)."""
     rows_RD = arena.empty((sum(route.receive_counts), x_TD.shape[1]), x_TD)
     for rank, (part, rows) in enumerate(zip(_parts(route.receive_counts), arrived)):
         if rank == route.rank:
@@ -103,13 +103,13 @@ def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
 
 
 def _join(small_N: Tensor, counts: list[int], arrived: list[Tensor], route: Route) -> Tensor:
-    """What arrived from all ranks in rank order; from this one, its part of what it would have sent."""
+    """Return what arrived from all ranks in rank order, this rank's part being that of small_N."""
     mine = small_N[_parts(counts)[route.rank]]
     return torch.cat([mine if rank == route.rank else part for rank, part in enumerate(arrived)])
 
 
 def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
-    """What the ranks made of each token summed, in rank order, of which rows_RD is what this one made: (T, D)."""
+    """Return the sum of each token's rows in rank order, of which rows_RD are this rank's: (T, D)."""
     own = rows_RD[_parts(route.receive_counts)[route.rank]]
     tokens = [route.token_N[part] for part in _parts(route.send_counts)]
     rows = [own if rank == route.rank else part for rank, part in enumerate(arrived)]
@@ -117,7 +117,7 @@ def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
 
 
 class _Send(torch.autograd.Function):
-    """Tokens out; in the backward their gradients arrive, and are summed."""
+    """Sends tokens; the backward receives their gradients and sums them."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, sent: Sent) -> Tensor:
@@ -140,7 +140,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """Tokens in; in the backward their gradients go back."""
+    """Receives tokens; the backward sends their gradients."""
 
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +168,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Rows back, and summed; their gradients out."""
+    """Sends rows back and sums them; the backward sends gradients to the experts."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, route: Route) -> Tensor:

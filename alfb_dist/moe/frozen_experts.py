@@ -1,4 +1,4 @@
-"""Experts that do not train, such as those beside LoRA on attention, under DeepSpeed's ZeRO."""
+"""Experts that do not train, as with LoRA on attention only, under DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
 def allow_frozen_experts() -> None:
-    """ZeRO stages 1 and 2 take a model with expert layers of which no expert trains; once, later calls do nothing.
+    """Patch ZeRO stages 1 and 2 to accept a model whose experts do not train; idempotent.
 
-    DeepSpeed 0.19 fails on a group of the optimizer in which nothing trains, and asserts that one group holds experts.
-    Here such groups of experts are left out. Where none stays, nothing that is reduced, partitioned or counted in the
-    norm is an expert's, so the path for dense models is the right one. All else is as it was.
+    DeepSpeed 0.19 fails on an optimizer group in which nothing trains, and asserts that one group holds experts. The
+    patch drops such groups of experts. If none is left, no expert is reduced, partitioned or counted in the norm, and
+    the path for dense models is right. A model with trained experts takes DeepSpeed's own path.
     """
     inner = DeepSpeedZeroOptimizer._configure_moe_settings
     if getattr(inner, "_alfb_patched", False):

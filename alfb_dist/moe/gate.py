@@ -1,4 +1,4 @@
-"""A family's gate, made to count its load, keep its bias in float32 and carry the auxiliary losses.
+"""A family's gate that counts its load, keeps its bias in float32 and carries the auxiliary losses.
 
 The gate keeps its class (as a subclass of it), its parameters and their names, so that a model's state dict and
 transformers' own hooks stay as they were.
@@ -37,11 +37,11 @@ class AuxLosses:
 
     @property
     def on(self) -> bool:
-        """Whether any of them takes part."""
+        """Whether any coefficient is above 0."""
         return self.sequence_alpha > 0 or self.batch_alpha > 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AuxLosses:
-        """A copied model lives on the same ranks; process groups cannot be copied."""
+        """Return self: a copied model is on the same ranks, and process groups cannot be copied."""
         return self
 
 
@@ -150,11 +150,11 @@ def _hold_bias(gate: nn.Module, bias_name: str, holder: Any) -> None:
 def balance_gate(
     gate: nn.Module, bias_name: str, batch: Batch, aux: AuxLosses, holder: nn.Module | None = None
 ) -> BalancedGate:
-    """The gate itself, now a BalancedGate: in place, idempotent. Its bias is a float32 buffer from here on.
+    """Turn the gate into a BalancedGate with the bias as a float32 buffer, in place, and return it; idempotent.
 
     holder: the module with the bias, the gate unless given. A gate without a bias gets one of 0, which leaves its
-    outputs as they are. Raises ValueError, and changes nothing, if it does not choose by one top-k, or if an auxiliary
-    loss is asked for and the rule of the gate is none of ours.
+    outputs unchanged. Raises ValueError, before any change, if it does not choose by one top-k, or if an auxiliary loss
+    is on and the rule of the gate is none of ours.
     """
     holder = gate if holder is None else holder
     if not isinstance(gate, BalancedGate):
@@ -172,7 +172,7 @@ def balance_gate(
 
 
 def make_balanced(gate: Any, router: Router, bias_name: str, holder: Any) -> None:
-    """Turn the gate into a `BalancedGate` that routes by `router`, and let the holder keep its bias in float32."""
+    """Turn the gate into a `BalancedGate` that routes by `router`, and its holder into a `BiasHolder`."""
     mix(gate, BalancedGate, *([BiasHolder] if holder is gate else []))
     if holder is not gate:
         mix(holder, BiasHolder)
@@ -190,9 +190,9 @@ def _check_aux(gate: nn.Module, aux: AuxLosses, spec: RouterSpec | None) -> None
 
 @contextmanager
 def measure_loads(gates: list[BalancedGate]) -> Iterator[Callable[[], Tensor]]:
-    """Within the context, forwards that do not train are counted; call what it yields for this rank's load_LE so far.
+    """Count the tokens of forwards that do not train; yields a function that returns this rank's load_LE so far.
 
-    Such loads never reach a bias update. Padding is left out as in training.
+    Such loads never reach a bias update. Padding does not count.
     """
     for gate in gates:
         gate.measured_load_E = torch.zeros(gate.bias_E.numel(), dtype=torch.int64, device=gate.bias_E.device)

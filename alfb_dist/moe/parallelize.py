@@ -1,4 +1,4 @@
-"""A transformers MoE model, its experts sharded over ranks in place."""
+"""Shard the experts of a transformers MoE model over ranks, in place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def check_parallelizable(model: nn.Module, ep_degree: int) -> list[MoEBlock]:
-    """The model's MoE blocks; ValueError if `parallelize` cannot shard them so. The model may be without memory."""
+    """Return the MoE blocks of a model, possibly on "meta"; raise ValueError if `parallelize` cannot shard them."""
     family, blocks = type(model).__name__, list(moe_blocks(model))
     if sharded_experts(model):
         raise ValueError(f"this {family} is parallelised already")
@@ -46,7 +46,7 @@ def check_parallelizable(model: nn.Module, ep_degree: int) -> list[MoEBlock]:
 
 
 def _check_experts(block: MoEBlock, seen: set[Any]) -> None:
-    """ValueError if the block's experts cannot be sharded; each kind is tried once."""
+    """Raise ValueError if the block's experts cannot be sharded. seen: the kinds that were tested already."""
     experts = block.module.experts
     kind = type(experts), tuple(p.shape for p in experts.parameters())
     reason = None if kind in seen or is_swiglu(experts) else why_whole(experts)
@@ -56,7 +56,7 @@ def _check_experts(block: MoEBlock, seen: set[Any]) -> None:
 
 
 def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
-    """The model's gates count their loads from now on; in place, idempotent. Its gates, in the model's order."""
+    """Let the model's gates count their loads, in place; idempotent. Return the gates in the model's order."""
     gates = [m for m in model.modules() if isinstance(m, BalancedGate)]
     if gates:
         if aux is not None and aux.on:
@@ -73,7 +73,7 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
 
 
 def _compile_shared(block: nn.Module) -> None:
-    """The block's shared experts run by the compiled kernels, where there are any and they are of that kind."""
+    """Let the block's shared experts run by the compiled kernels, if there are any and the experts are SwiGLU."""
     name = shared_name(block)
     if name is not None and native.library() is not None:
         shared = block.get_submodule(name)
@@ -90,17 +90,17 @@ def parallelize(
     max_rows: int = 0,
     timeout_seconds: float = 600,
 ) -> Model:
-    """The same model with the experts of each MoE block sharded over `ep_degree` ranks; in place, collective.
+    """Shard the experts of each MoE block over `ep_degree` ranks, in place, and return the model; collective.
 
     Rank r keeps experts [p E/P, (p+1) E/P) with P = ep_degree and p = r % P. Only the first dimension of the experts'
-    parameters is cut: the names in the state dict stay. Every rank passes the same model. torch.distributed must be up,
-    except for ep_degree 1 in a single process.
+    parameters is cut: the names in the state dict stay. Every rank passes the same model. torch.distributed must be
+    initialised, except for ep_degree 1 in a single process.
 
     sequence_loss_alpha: coefficient of DeepSeek-V3's sequence-wise loss (arXiv:2412.19437, equation 17); 0 is off.
     batch_loss_alpha: coefficient of the classical auxiliary loss over the batch of all ranks; 0 is off.
         Both act on the gradients only: the loss that the model returns stays the language model's.
-    max_rows: rows of tokens that a rank's experts hold at once; more come in pieces, which are computed again in the
-        backward, so that memory does not follow the busiest rank. At least ep_degree; 0: all at once.
+    max_rows: rows that a rank's experts hold at once; more are processed in chunks, which are computed again in the
+        backward, so that memory does not grow with the load of the busiest rank. At least ep_degree; 0: no limit.
     timeout_seconds: of every exchange in the groups made here.
     Raises ValueError before any collective: no supported MoE block, sizes that do not divide, or already parallelised.
     """

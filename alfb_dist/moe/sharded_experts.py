@@ -1,4 +1,4 @@
-"""The experts that stand in for a model's: sharded over ranks, called by the family's own block as before."""
+"""The experts that replace a model's: sharded over ranks, called by the family's own block as before."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from alfb_dist.profiling import span
 
 
 class ShardedExperts(AutoEPMoELayer):
-    """This rank's part of a block's experts, behind transformers' experts interface.
+    """This rank's shard of a block's experts, behind transformers' experts interface.
 
     DeepSpeed's engine treats parameters as experts' (averaged over the expert-data group only, each counted once in
-    the clip norm) if they sit in a layer class that it knows. Being an AutoEPMoELayer by name is all that is taken from
-    that class: nothing of its construction or forward runs here.
+    the clip norm) if they are in a layer class that it knows. Of AutoEPMoELayer only the name is used: neither its
+    constructor nor its forward runs.
     """
 
     def __init__(self, experts: Any, grid: Grid | None, exchange: Exchange | None, sharding: Sharding) -> None:
         nn.Module.__init__(self)
         self.exchange, self.sharding = exchange, sharding
         self.shared: tuple[nn.Module, str] | None = None
-        """The block, and the name of its shared experts, if they can run while rows are on their way."""
+        """The block, and the name of its shared experts, if they can run during the exchange."""
         self.num_experts: int = count_experts(experts)
         self.grid = grid
         self.ep_size = 1 if grid is None else grid.ep_degree
@@ -65,10 +65,10 @@ class ShardedExperts(AutoEPMoELayer):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """The weighted sum of each token's experts, wherever they live: (T, D); collective over the EP group.
+        """Return the weighted sum of each token's experts, on whichever rank: (T, D); collective over the EP group.
 
-        An id beyond the experts with weights is one that gives the token back (LongCat); it stays on this rank.
-        Without ids, hidden_states are (E T, D), each expert's rows in turn, and so is the output.
+        An id beyond the experts with weights is an identity expert (LongCat), applied on this rank. Without ids,
+        hidden_states are (E T, D), the rows of one expert after the other, and so is the output.
         """
         if top_k_index is None or top_k_weights is None:
             return self._rows_by_expert(hidden_states)
@@ -103,7 +103,7 @@ class ShardedExperts(AutoEPMoELayer):
             return combine(out_RD, sent.route)
 
     def _run_shared(self, x_TD: Tensor, sent: Sent) -> None:
-        """The block's shared experts run now, if rows are on their way."""
+        """Run the block's shared experts if rows are being exchanged."""
         if sent.route is not None and self.shared is not None:
             block, name = self.shared
             shared = getattr(block, name)
@@ -112,8 +112,8 @@ class ShardedExperts(AutoEPMoELayer):
                     shared.run_early(x_TD)
 
     def _rows_by_expert(self, rows_ED: Tensor) -> Tensor:
-        """What each expert makes of its own rows. A row of zeros, which means that the expert was not chosen (Llama 4),
-        goes nowhere: it would give zeros."""
+        """Return each expert's output for its own rows. A row of zeros means that the expert was not chosen (Llama 4);
+        it is not sent, since its output is zeros."""
         chosen_S = rows_ED.detach().any(-1).nonzero().flatten()
         ids_S1 = (chosen_S // (rows_ED.shape[0] // self.num_experts))[:, None]
         out_SD = self(rows_ED.index_select(0, chosen_S), ids_S1, torch.ones_like(ids_S1, dtype=torch.float32))
@@ -122,13 +122,13 @@ class ShardedExperts(AutoEPMoELayer):
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
     ) -> None:
-        """DeepSpeed uses our groups, which have our timeout; groups that it makes itself wait 30 minutes. It calls this
-        before it makes the optimizer."""
+        """Register our process groups with DeepSpeed, which calls this before it makes the optimizer. Its own groups
+        would have a timeout of 30 minutes."""
         allow_frozen_experts()
         if use_data_before_expert_parallel_ or folding_group_handles is not None:
-            raise ValueError("alfb_dist lays ranks out expert-parallel first, without tensor-parallel folding")
+            raise ValueError("alfb_dist places ranks expert-parallel first and supports no tensor-parallel folding")
         if self.grid is None:
-            raise RuntimeError("a model that meets DeepSpeed must be parallelised with torch.distributed up")
+            raise RuntimeError("initialise torch.distributed before parallelize: DeepSpeed needs the groups made there")
         name, rank, world = self.ep_group_name, self.grid.world_group.rank(), self.grid.world_group.size()
         ep, data = grid_ranks(world, self.ep_size)
         if name not in groups._EXPERT_PARALLEL_GROUP:
@@ -138,11 +138,11 @@ class ShardedExperts(AutoEPMoELayer):
             groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = data[rank % self.ep_size]
 
     def extra_repr(self) -> str:
-        """Which experts are here."""
+        """Return which experts are on this rank."""
         first = self.ep_rank * self.num_local_experts
         return f"experts {first} to {first + self.num_local_experts - 1} of {self.num_experts}"
 
 
 def sharded_experts(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
-    """The sharded experts of a model with their names, in the model's order."""
+    """Return the sharded experts of a model with their names, in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ShardedExperts)]

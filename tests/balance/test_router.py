@@ -75,8 +75,8 @@ def slow_choice(scores: list[float], bias: list[float], spec: RouterSpec) -> set
     biased = [s + b for s, b in zip(scores, bias)]
     width = len(biased) // spec.num_groups
     groups = [range(g * width, (g + 1) * width) for g in range(spec.num_groups)]
-    worth = [sum(sorted((biased[i] for i in group), reverse=True)[:2]) for group in groups]
-    best = sorted(range(spec.num_groups), key=lambda g: -worth[g])[: spec.group_limit]
+    group_scores = [sum(sorted((biased[i] for i in group), reverse=True)[:2]) for group in groups]
+    best = sorted(range(spec.num_groups), key=lambda g: -group_scores[g])[: spec.group_limit]
     allowed = [i for g in best for i in groups[g]] if spec.group_limit < spec.num_groups else range(len(biased))
     return set(sorted(allowed, key=lambda i: -biased[i])[: spec.top_k])
 

@@ -1,4 +1,4 @@
-"""A bound on the rows of a rank: the same results, whatever the routing, and never more rows at once."""
+"""A limit on the rows of a rank: the same results, whatever the routing, and never more rows at once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]
 
 
 @pytest.mark.parametrize(("world", "ep", "hot"), CASES)
-def test_bounded_rows_give_the_same_loss_logits_gradients_and_loads(
+def test_chunks_give_the_same_loss_logits_gradients_and_loads(
     ranks: Callable[[int], list[Any]], world: int, ep: int, hot: bool
 ) -> None:
     for rank in ranks(world):

@@ -67,7 +67,7 @@ def run_experts(rows: Tensor, ids: Tensor, weights: Tensor, scale_ED: Tensor) ->
 def dispatch(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_local: int, exchange: Exchange | None
 ) -> tuple[Tensor, Tensor, Tensor, Sent]:
-    """Tokens out and in, with nothing between."""
+    """Send and receive, with nothing in between."""
     sent = send(x_TD, ids_TK, weights_TK, num_local, exchange)
     return *receive(sent), sent
 
@@ -224,7 +224,7 @@ def test_rows_arrive_with_local_ids_weights_and_empty_slots(
         expected = expected_rows(case, world, rank)
         assert rows.shape == (len(expected), WIDTH) and ids.shape == weights.shape == (len(expected), TOP_K)
         assert ids.dtype == torch.int64
-        if world > 1:  # what each rank told of its slots that are filled here
+        if world > 1:  # the numbers of filled slots that the ranks sent
             assert sum(results[case]["slots"]) == int((ids < num_local).sum())
         for row, row_ids, row_weights, (x, here) in zip(rows, ids.tolist(), weights.tolist(), expected):
             assert row.tolist() == x
@@ -264,13 +264,13 @@ def test_all_tokens_to_one_rank_all_arrive_there(dispatched: Ranks, transport: s
 
 
 @pytest.mark.parametrize(("transport", "world"), RUNS)
-def test_bfloat16_rows_arrive_to_the_bit_beside_float32_weights(dispatched: Ranks, transport: str, world: int) -> None:
+def test_bfloat16_rows_and_float32_weights_arrive_to_the_bit(dispatched: Ranks, transport: str, world: int) -> None:
     half, full = torch.bfloat16, torch.float32
     for _, _, seen in dispatched(transport, world):
         assert seen == (half, torch.int64, full, half, half, full, True)
 
 
-def test_group_of_one_rank_needs_no_way_back(dispatched: Ranks) -> None:
+def test_group_of_one_rank_has_no_route(dispatched: Ranks) -> None:
     assert all(case["route"] is None for case in dispatched("memory", 1)[0][0].values())
 
 

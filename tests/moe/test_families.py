@@ -93,7 +93,7 @@ SOFTMAX_OF_CHOSEN += ["granitemoe", "granitemoe_swa", "granitemoehybrid", "grani
 
 
 def family_weights(family: str, gate: Any, logits: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
-    """What the family makes of its logits for the chosen experts, written out."""
+    """The family's weights of the chosen experts, written out."""
     chosen = scores.gather(-1, ids)
     if family in SOFTMAX_OF_CHOSEN:
         return logits.gather(-1, ids).softmax(-1)
@@ -167,7 +167,7 @@ DBRX = {
 
 @pytest.mark.parametrize("take", [lambda model: parallelize(model, ep_degree=1), Balancer], ids=["sharded", "balanced"])
 @pytest.mark.parametrize("family", UNSUPPORTED)
-def test_family_not_done_is_refused_with_its_reason_and_left_as_it_was(family: str, take: Any) -> None:
+def test_unsupported_family_is_refused_with_its_reason_and_unchanged(family: str, take: Any) -> None:
     sizes = {**COMMON, "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 1 if family == "zaya" else 2}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(DBRX if family == "dbrx" else sizes)))
@@ -226,7 +226,7 @@ def test_experts_with_a_parameter_that_they_share_are_refused() -> None:
         parallelize(model, ep_degree=1)
 
 
-def test_model_built_without_memory_is_taken_too() -> None:
+def test_model_without_memory_is_parallelised() -> None:
     for family in ("afmoe", "gpt_oss", "llama4_text", "mixtral", "nemotron_h"):
         with torch.device("meta"):
             model = parallelize(AutoModelForCausalLM.from_config(family_config(family)), ep_degree=1)
@@ -236,7 +236,7 @@ def test_model_built_without_memory_is_taken_too() -> None:
 
 
 def test_document_lists_every_family_of_the_installed_transformers() -> None:
-    """A new family is either in the table of families done, or in that of those not done."""
+    """A new family is in the table of supported families, or in that of unsupported ones."""
     assert moe_language_models() == set(FAMILIES) | set(UNSUPPORTED)
     assert not set(FAMILIES) & set(UNSUPPORTED)
     assert biased_folders_without_language_model() == set(NOT_LANGUAGE_ONLY)

@@ -21,7 +21,7 @@ from alfb_dist.moe.families.blocks import moe_blocks
 RATE = 0.01
 FOUR = ["afmoe", "deepseek_v4", "ernie4_5_moe", "inkling_text", "longcat_flash", "mixtral", "nemotron_h"]
 FOUR += ["gpt_oss", "llama4_text"]
-"""The odd ones, which also run on four ranks, where some get no token at all."""
+"""Families of unusual structure, which also run on four ranks, where some get no token at all."""
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -50,7 +50,7 @@ def top_k_of(model: Any) -> int:
 
 
 def one_family(family: str, ep: int, last: float) -> dict[str, Any]:
-    """What training on this rank's part of a batch differs by from one process that trains on all of it."""
+    """Differences between training on this rank's part of a batch and one process that trains on all of it."""
     rank, world = dist.get_rank(), dist.get_world_size()
     plain, model = family_model(family), family_model(family)
     set_biases(plain, 0, last=last), set_biases(model, 0, last=last)
@@ -129,7 +129,7 @@ SETTINGS = {
 
 
 def trained_by_deepspeed(family: str) -> dict[str, Any]:
-    """How two steps of DeepSpeed's engine on sharded experts differ from two of a plain loop in one process."""
+    """Differences between two steps of DeepSpeed's engine on sharded experts and of a plain loop in one process."""
     rank, world = dist.get_rank(), dist.get_world_size()
     plain, model = family_model(family), family_model(family)
     set_biases(plain, 0), set_biases(model, 0)
@@ -149,7 +149,7 @@ def trained_by_deepspeed(family: str) -> dict[str, Any]:
 
 
 def moves_by_the_rule(engine: Any, balancer: Balancer) -> bool:
-    """Whether one more step moves the biases by what the gates of all ranks gave out, counted one by one."""
+    """Whether one more step moves the biases by the outputs of all ranks' gates, counted one by one."""
     chosen: list[Tensor] = []
     for block in moe_blocks(engine.module):
         block.gate.register_forward_hook(lambda _, __, output: chosen.append(logits_weights_ids(output)[2]))
@@ -170,7 +170,7 @@ def all_trained_by_deepspeed() -> dict[str, dict[str, Any]]:
     return {family: trained_by_deepspeed(family) for family in UNDER_DEEPSPEED}
 
 
-def test_engine_trains_the_odd_ones_as_a_plain_loop_does(ranks: Callable[..., list[Any]]) -> None:
+def test_engine_trains_unusual_families_as_a_plain_loop_does(ranks: Callable[..., list[Any]]) -> None:
     for result in ranks(2, all_trained_by_deepspeed):
         for family, seen in result.items():
             assert seen["weights"] < 1e-3 and seen["rule"], (family, seen)

@@ -89,7 +89,7 @@ def test_aux_losses_cannot_be_added_to_a_watched_model() -> None:
         parallelize(model, ep_degree=1, sequence_loss_alpha=1e-4)
 
 
-def test_model_without_gates_is_left_alone() -> None:
+def test_model_without_gates_is_unchanged() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     assert watch(model) == []
     assert model(torch.ones(2, 3)).shape == (2, 3)
@@ -120,7 +120,7 @@ class JitteredRouter(DeepseekV3TopkRouter):
 
 
 @pytest.mark.parametrize("router", [DeepseekV3TopkRouter, JitteredRouter])
-def test_gate_routes_as_its_family_does_known_or_not(router: type[DeepseekV3TopkRouter]) -> None:
+def test_gate_routes_as_its_family_whether_its_rule_is_known_or_not(router: type[DeepseekV3TopkRouter]) -> None:
     theirs, ours = router(tiny_config()), router(tiny_config())
     nn.init.normal_(theirs.weight, generator=torch.Generator().manual_seed(0))
     nn.init.normal_(theirs.e_score_correction_bias, std=0.2, generator=torch.Generator().manual_seed(1))

@@ -79,7 +79,7 @@ def test_cast_bias_still_moves() -> None:
 
 
 def test_bfloat16_model_routes_with_the_float32_bias() -> None:
-    """Expert 1 leads by 2**-12 of bias alone, which bfloat16 would lose beside 5."""
+    """Expert 1 leads by 2**-12 of bias alone, which bfloat16 would lose next to 5."""
     model = SharedGate()
     watch(model)
     model.bfloat16()
@@ -98,7 +98,7 @@ def test_bfloat16_model_trains_and_counts_as_transformers_routes() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_a_frozen_teachers_bias_stays_and_the_students_moves() -> None:
+def test_bias_of_a_frozen_teacher_stays_and_the_students_moves() -> None:
     teacher, student = parallelize(tiny_model(1), ep_degree=1), parallelize(tiny_model(2), ep_degree=1)
     teacher.requires_grad_(False)
     balancer, before = Balancer(student, rate=0.01), biases(teacher)

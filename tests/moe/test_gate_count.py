@@ -43,7 +43,7 @@ def test_load_equals_the_choices_counted_one_by_one(overrides: dict[str, int], c
     expected = expected_load(plain_model(1, **overrides), batch)
     assert torch.equal(pending(model), expected)
     assert pending(model).sum(1).tolist() == [21 * TOP_K] * 2
-    assert not torch.equal(expected[0], expected[1])  # the layers are told apart
+    assert not torch.equal(expected[0], expected[1])  # the layers differ
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -84,7 +84,7 @@ def test_padding_of_one_batch_is_forgotten_in_the_next() -> None:
     assert pending(model).sum(1).tolist() == [(8 + 10 + 3) * TOP_K] * 2
 
 
-def test_only_a_two_dimensional_mask_says_what_is_padding() -> None:
+def test_only_a_two_dimensional_mask_marks_padding() -> None:
     assert padding_mask(None) is None
     assert padding_mask(torch.ones(2, 3)) is None
     assert padding_mask(torch.ones(2, 1, 3, 3).tril()) is None
@@ -96,7 +96,7 @@ def test_only_a_two_dimensional_mask_says_what_is_padding() -> None:
         assert last is not None and last.tolist() == [[True, True], [False, True]]
 
 
-def test_a_mask_with_the_columns_of_a_cache_or_prefix_tells_of_the_last_positions() -> None:
+def test_the_last_columns_of_a_mask_that_covers_a_cache_or_prefix_count() -> None:
     """As in the continuation of a cached prompt, or with peft's prefix tuning."""
     whole, (model, plain) = tiny_batch(2, 2, 7), (counted_model(2), plain_model(2))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0]])
@@ -208,7 +208,7 @@ def test_evaluation_between_forward_and_backward_does_not_change_the_count(evalu
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of reentrant under no_grad
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_measured_loads_are_the_evaluations_and_wait_for_no_update(checkpointing: str) -> None:
+def test_measured_loads_are_the_evaluations_and_reach_no_update(checkpointing: str) -> None:
     model, plain = counted_model(4, checkpointing=checkpointing), plain_model(4)
     batch, evaluated = tiny_batch(5, 2, 5, padding=[0, 3]), [tiny_batch(7, 2, 5, padding=[4, 0]), tiny_batch(8, 3, 6)]
     loss = model(**batch).loss
@@ -301,7 +301,7 @@ def taken(model: nn.Module) -> list[int]:
     return [int(load_E.sum()) for load_E in loads]
 
 
-def test_a_model_left_in_evaluation_mode_is_told_once() -> None:
+def test_a_model_left_in_evaluation_mode_warns_once() -> None:
     model = parallelize(tiny_model(), ep_degree=1).eval()
     balancer, batch = Balancer(model), tiny_batch(0, 2, 8)
     model(**batch).loss.backward()

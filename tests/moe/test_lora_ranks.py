@@ -1,4 +1,4 @@
-"""peft's LoRA: what is adapted or frozen changes nothing about the count; which order works, and what is refused."""
+"""peft's LoRA: adapters and frozen weights do not change the count; which order works, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPERTS: dict[str, Any] = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 
-# peft asks transformers by a name that goes away.
+# peft uses a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -155,7 +155,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_frozen_experts_over_two_ranks_train_count_and_stay_as_in_one(on_two_ranks: Any, case: Any) -> None:
+def test_model_with_frozen_experts_trains_and_counts_on_two_ranks_as_on_one(on_two_ranks: Any, case: Any) -> None:
     expected, adapters, weights = plain_loop()
     for seen in on_two_ranks:
         steps, trained, whole = seen[case]

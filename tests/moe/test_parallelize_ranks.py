@@ -192,7 +192,7 @@ def block_inputs(rank: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_block_equals_transformers_block_also_beside_a_rank_without_tokens(ranks: Ranks, world: int) -> None:
+def test_block_equals_transformers_block_even_if_a_rank_has_no_tokens(ranks: Ranks, world: int) -> None:
     by_rank, case = ranks(world, block_on_ranks), 0
     for overrides in ({}, GROUP_LIMITED):
         whole, expected = make_block(overrides), []

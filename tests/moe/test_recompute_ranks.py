@@ -23,7 +23,7 @@ from alfb_dist.moe.recompute import Recording, ReplayedCheckpoint, ReplayedTopK
 MODES = {"non-reentrant": False, "reentrant": True}
 FAMILIES = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "inkling_text", "llama4_text", "longcat_flash", "mixtral"]
 FAMILIES += ["nemotron_h"]
-"""Routing of ours, of the family's own, and of the family's own with a bias in its top-k; all kinds of experts."""
+"""Our routing, the family's, and the family's with a bias in its top-k; all kinds of experts."""
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
@@ -93,7 +93,7 @@ def test_checkpointing_may_be_turned_on_later_and_off_and_a_copy_sees_its_own_ba
     assert all(gate.batch.recording is None for gate in gates(model))
 
 
-# A token that would go elsewhere the second time.
+# Tokens that would choose other experts in the recompute.
 
 
 def test_second_run_takes_the_ids_of_the_first_and_the_values_there() -> None:
@@ -159,8 +159,8 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, s
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_that_would_go_elsewhere_in_the_recompute_do_not(on_ranks: Any, family: str, mode: str) -> None:
-    """Or a rank would wait for rows that never come: only the first one's scores change."""
+def test_tokens_that_would_choose_otherwise_in_the_recompute_do_not(on_ranks: Any, family: str, mode: str) -> None:
+    """Or a rank would wait for rows that never come: only the first rank's scores change."""
     first, second = (by_case[family, mode] for by_case in on_ranks)
     assert first["flips"] > 0 and second["flips"] == 0
     assert first["load"] and second["load"] and first["finite"] and second["finite"]

@@ -1,4 +1,4 @@
-"""What parallelize cuts and what it leaves, what it refuses, and a single process without torch.distributed."""
+"""What parallelize shards and refuses, and a single process without torch.distributed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_rank_keeps_no_memory_of_the_experts_of_others(shards: list[dict[str, 
     assert all(result[f"EP {ep}"]["storage"] for result in shards)
 
 
-def test_experts_stand_on_consecutive_ranks_with_our_timeout(shards: list[dict[str, Any]]) -> None:
+def test_experts_are_on_consecutive_ranks_with_our_timeout(shards: list[dict[str, Any]]) -> None:
     expected = {
         1: [([0], [0, 1, 2, 3]), ([1], [0, 1, 2, 3]), ([2], [0, 1, 2, 3]), ([3], [0, 1, 2, 3])],
         2: [([0, 1], [0, 2]), ([0, 1], [1, 3]), ([2, 3], [0, 2]), ([2, 3], [1, 3])],
@@ -200,7 +200,7 @@ class TwoKinds(nn.Module):
         return self.unbiased(self.balanced(x))
 
 
-def test_block_without_bias_is_left_alone_beside_one_with() -> None:
+def test_block_without_bias_is_unchanged_if_another_has_one() -> None:
     model, plain = parallelize(TwoKinds().double(), ep_degree=1), TwoKinds().double()
     assert [name for name, _ in sharded_experts(model)] == ["balanced.experts"]
     assert not isinstance(model.unbiased.experts, ShardedExperts)

@@ -1,4 +1,4 @@
-"""Shared experts that run while rows are on their way: where they may, once each, with the same results."""
+"""Shared experts that run during the exchange: where they may, once each, with the same results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITHOUT = {"mixtral", "olmoe", "gpt_oss"}
 
 
 @pytest.mark.parametrize("family", sorted(AFTERWARDS | BEFORE | WITHOUT))
-def test_only_shared_experts_that_are_asked_last_run_early(family: str) -> None:
+def test_only_shared_experts_that_are_called_last_run_early(family: str) -> None:
     model = family_model(family)
     watch(model)
     found = [overlap_shared_experts(block.module, block.gate) for block in moe_blocks(model)]
@@ -51,7 +51,7 @@ def early_block() -> tuple[nn.Module, OverlappedSharedExperts, Tensor]:
     return block, shared, x
 
 
-def test_what_ran_early_is_handed_out_once_in_the_shape_that_is_asked_for() -> None:
+def test_early_output_is_returned_once_in_the_shape_of_the_tokens() -> None:
     _, shared, x = early_block()
     early = shared.early[1]
     first, second = shared(x), shared(x)
@@ -60,7 +60,7 @@ def test_what_ran_early_is_handed_out_once_in_the_shape_that_is_asked_for() -> N
 
 
 @pytest.mark.parametrize("other", [lambda x: x * 2, lambda x: x.detach(), lambda x: x[:, :4], lambda x: x.clone()])
-def test_other_tokens_go_through_as_ever(other: Any) -> None:
+def test_other_tokens_are_computed_as_usual(other: Any) -> None:
     _, shared, x = early_block()
     early = shared.early[1]
     given = other(x)
@@ -69,7 +69,7 @@ def test_other_tokens_go_through_as_ever(other: Any) -> None:
     assert torch.equal(out, shared(given)) and out.requires_grad
 
 
-def test_tokens_that_were_changed_in_place_go_through_as_ever() -> None:
+def test_tokens_that_were_changed_in_place_are_computed_again() -> None:
     _, shared, x = early_block()
     with torch.no_grad():
         x.mul_(2)
@@ -77,7 +77,7 @@ def test_tokens_that_were_changed_in_place_go_through_as_ever() -> None:
 
 
 class Normed(nn.Module):
-    """Shared experts after the experts, but of other tokens, or with something beside the tokens."""
+    """Shared experts after the experts, but with other tokens, or with another argument."""
 
     def __init__(self, block: Any, given: str) -> None:
         super().__init__()
@@ -91,13 +91,13 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("given", ["other tokens", "more than tokens"])
-def test_shared_experts_that_are_asked_with_something_else_do_not_run_early(given: str) -> None:
+def test_shared_experts_that_are_called_with_something_else_do_not_run_early(given: str) -> None:
     block, _, _ = early_block()
     block.register_module("normed", Normed(block, given))
     assert overlap_shared_experts(block.normed, block.gate) is None
 
 
-def test_a_block_that_ends_early_leaves_nothing() -> None:
+def test_a_block_that_ends_early_keeps_no_output() -> None:
     block, shared, x = early_block()
     block.experts.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -106,13 +106,13 @@ def test_a_block_that_ends_early_leaves_nothing() -> None:
 
 
 def order_of(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
-    """In which order the first layer's parts come, forward and backward, and how often."""
+    """The calls of the first layer's parts in order, forward and backward."""
     order: list[str] = []
     _, experts = sharded_experts(model)[0]
     shared = experts.shared[0].get_submodule(experts.shared[1])
     linear = shared.down_proj
 
-    def noted(name: str, function: Any) -> Any:
+    def recorded(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
             order.append(name)
             return function(*args)
@@ -120,7 +120,7 @@ def order_of(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
         return call
 
     for kind, name in ((_Send, "send"), (_Receive, "receive")):
-        kind.forward, kind.backward = noted(name, kind.forward), noted(f"{name} backward", kind.backward)
+        kind.forward, kind.backward = recorded(name, kind.forward), recorded(f"{name} backward", kind.backward)
     linear.register_forward_hook(lambda *_: order.append("shared"))
     linear.register_full_backward_hook(lambda *_: order.append("shared backward"))
     model(**batch).loss.backward()
@@ -146,7 +146,7 @@ def fail_once() -> bool:
 
 
 def infer() -> bool:
-    """Inference mode, in which tensors do not tell of changes, gives what no_grad gives."""
+    """Inference mode, in which tensors have no version counter, equals no_grad."""
     model = parallelize(tiny_model(3), ep_degree=2).eval()
     batch = tiny_batch(dist.get_rank(), 2, 5)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def infer() -> bool:
 
 
 def dispatches_alive() -> tuple[int, int]:
-    """How many dispatches are in memory after a forward without a backward, and after a whole step, both dropped."""
+    """Dispatches in memory after a forward without a backward, and after a whole step, both dropped."""
     model, batch = parallelize(tiny_model(3), ep_degree=2), tiny_batch(dist.get_rank(), 2, 5)
     gc.collect()
     gc.disable()
@@ -180,7 +180,7 @@ def start_twice() -> str:
 
 
 def on_two_ranks() -> dict[str, Any]:
-    """The first looks at all of the process's memory, the last two leave something behind."""
+    """Run all; the first counts objects of the whole process, the last two leave patches and a started exchange."""
     return {run.__name__: run() for run in (dispatches_alive, infer, fail_once, run_order, start_twice)}
 
 
@@ -196,7 +196,7 @@ def test_they_run_between_sending_and_receiving_in_both_directions(seen: list[di
     assert [rank["run_order"] for rank in seen] == [forward + backward] * 2
 
 
-def test_an_error_between_sending_and_receiving_leaves_the_exchange_whole(seen: list[dict[str, Any]]) -> None:
+def test_an_error_between_sending_and_receiving_leaves_the_exchange_usable(seen: list[dict[str, Any]]) -> None:
     assert [rank["fail_once"] for rank in seen] == [True, True]
 
 

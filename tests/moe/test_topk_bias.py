@@ -1,4 +1,4 @@
-"""A bias inside a family's own top-k: it decides who is chosen and nothing else, and only where that is one top-k."""
+"""A bias inside a family's own top-k: it decides the choice and nothing else, and only if that is one top-k."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_choice_is_by_score_and_bias_and_the_values_are_unbiased(call: str) -> N
     assert values.tolist() == SCORES.gather(1, ids).tolist()
     values.sum().backward()
     assert scores.grad.tolist() == [[1, 0, 1, 0], [0, 0, 1, 1]]
-    assert scores.topk(2).indices.tolist() == [[0, 1], [3, 2]]  # outside of it, all is as ever
+    assert scores.topk(2).indices.tolist() == [[0, 1], [3, 2]]  # nothing is biased outside of the context
 
 
-def test_logits_are_biased_by_their_softmax_and_handed_on_as_they_are() -> None:
+def test_logits_are_biased_by_their_softmax_and_returned_unbiased() -> None:
     logits = SCORES.log() + 3
     with BiasedTopK(BIAS, of_logits=True):
         values, ids = logits.topk(2)
@@ -63,7 +63,7 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_top_ks_are_left_alone_and_counted(other: str) -> None:
+def test_other_top_ks_are_unchanged_and_counted(other: str) -> None:
     with BiasedTopK(BIAS, of_logits=False) as top_k:
         got = OTHERS[other](SCORES)
     assert torch.equal(got[1], OTHERS[other](SCORES)[1])
@@ -137,12 +137,12 @@ FORMS += [(weigh, None) for weigh in (in_two_steps, at_random, of_fewer, over_to
 
 
 @pytest.mark.parametrize(("weigh", "expected"), FORMS)
-def test_how_a_gate_chooses_is_found_by_trying(weigh: Callable[[Tensor], Any], expected: TopKSpec | None) -> None:
+def test_probe_finds_how_a_gate_chooses(weigh: Callable[[Tensor], Any], expected: TopKSpec | None) -> None:
     assert probe_top_k(Gate(weigh)) == expected
 
 
 @pytest.mark.parametrize(("weigh", "expected"), FORMS)
-def test_gate_gets_a_bias_or_is_refused_and_left_as_it_was(weigh: Callable[[Tensor], Any], expected: Any) -> None:
+def test_gate_gets_a_bias_or_is_refused_and_unchanged(weigh: Callable[[Tensor], Any], expected: Any) -> None:
     gate = Gate(weigh)
     if expected is None:
         with pytest.raises(ValueError, match="Gate has no selection bias and cannot get one: it does"):
@@ -158,7 +158,7 @@ def test_gate_gets_a_bias_or_is_refused_and_left_as_it_was(weigh: Callable[[Tens
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_our_routing_does_not_stand_in_for_a_gate_with_something_that_is_0_in_a_new_model(with_bias: bool) -> None:
+def test_our_routing_does_not_replace_a_gate_with_a_term_that_is_0_in_a_new_model(with_bias: bool) -> None:
     gate = Gate(of_probabilities)
     if not with_bias:
         del gate.logit_bias

@@ -1,4 +1,4 @@
-"""Loads and the sign rule by hand, one by one, from what gates gave out. Shared by tests."""
+"""Loads and the sign rule by hand, one by one, from the outputs of gates."""
 
 from __future__ import annotations
 

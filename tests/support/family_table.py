@@ -104,7 +104,7 @@ def tables() -> Iterator[str]:
     yield _row(["---"] * len(titles))
     yield from (family_row(family) for family in sorted(FAMILIES))
     yield ""
-    yield _row(["family", "not done, because"])
+    yield _row(["family", "unsupported, because"])
     yield _row(["---"] * 2)
     yield from (_row([f"`{family}`", reason]) for family, reason in sorted(UNSUPPORTED.items()))
     yield from (_row([f"`{folder}`", "not a causal language model; not tested"]) for folder in NOT_LANGUAGE_ONLY)

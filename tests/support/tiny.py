@@ -1,4 +1,4 @@
-"""Tiny DeepSeek-V3 models and batches from a seed, and the whole of what ranks hold in parts. Shared by the tests."""
+"""Tiny DeepSeek-V3 models and batches from a seed, and the whole of what ranks hold in parts."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def set_biases(model: nn.Module, seed: int, shift: float = 0.0, last: float = 0.
 
 
 def logits_weights_ids(output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a gate of transformers gave out; Llama 4's weighs all experts, those not chosen by 0."""
+    """(logits, weights, ids) of a gate's output; Llama 4's weighs all experts, those not chosen by 0."""
     if len(output) > 2:
         return output[0], output[1], output[2]
     scores_TE, logits_TE = output

@@ -1,1 +1,1 @@
-"""What differs between transformers' model families: where their parts are, how gates and experts compute."""
+"""Differences between transformers' model families: where their parts are, how gates and experts compute."""

@@ -1,4 +1,4 @@
-"""Where a transformers model keeps its gates, selection biases and experts. Found by structure, not by family."""
+"""The gates, selection biases and experts of a transformers model, found by structure, not by family."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from alfb_dist.moe.families.experts import count_experts
 
 GATE_NAMES = ("gate", "router")
 ADDED_BIAS = "selection_bias"
-"""The name in the gate of a selection bias that the family does not have, and gets here."""
+"""The name in the gate of a selection bias that the family does not have and gets here."""
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", ADDED_BIAS)
 
 UNSUPPORTED = {
     "dbrx": "its experts are rows of one matrix, and it chooses them outside of its router",
-    "jetmoe": "its experts stand in no module of their own, and its attention is a mixture of experts too",
+    "jetmoe": "its experts are in no module of their own, and its attention is a mixture of experts too",
     "phimoe": "in training it draws its experts at random (SparseMixer), so there is no choice that a bias could move",
-    "zaya": "its bias (balancing_biases) has a class that skips the experts, and the gate's ids tell it as expert 0",
+    "zaya": "its bias (balancing_biases) has a class that skips the experts, and the gate's ids give it as expert 0",
 }
-"""Why families of MoE language models are refused, by transformers' model type. The others are found by structure."""
+"""The refused families of MoE language models, by transformers' model type, and the reason."""
 
 
 def check_supported(model: nn.Module) -> None:
-    """Nothing, or ValueError if the model is of a family that cannot be done."""
+    """Raise ValueError if the model's family is unsupported."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in UNSUPPORTED:
         raise ValueError(f"{type(model).__name__} ({family}) cannot be balanced: {UNSUPPORTED[family]}")
@@ -49,14 +49,14 @@ class MoEBlock:
 
 
 def score_matrix(gate: nn.Module, num_experts: int) -> str | None:
-    """The name of the gate's only matrix with one row for each expert, of which its logits are made."""
+    """Return the name of the gate's only matrix with one row for each expert, which gives its logits; else None."""
     names = [name for name, p in gate.named_parameters() if p.dim() == 2 and p.shape[0] == num_experts]
     names = [name for name in names if name.rpartition(".")[2] not in BIAS_NAMES]
     return names[0] if len(names) == 1 else None
 
 
 def num_choices(gate: Any, bias: Tensor | None) -> int:
-    """Among how many experts the gate chooses."""
+    """Return the number of experts among which the gate chooses."""
     if bias is not None:
         return bias.numel()
     num_experts = getattr(gate, "num_experts", None)
@@ -70,7 +70,7 @@ def _gates(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _find_bias(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
-    """The gate, the holder of its bias and the bias's name."""
+    """Return the gate, the holder of its bias and the bias's name."""
     for gate in _gates(module):
         for holder in (gate, *gate.children(), module):
             for bias_name in BIAS_NAMES:
@@ -80,7 +80,7 @@ def _find_bias(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
 
 
 def _find_plain_gate(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | None:
-    """The same for a gate without a bias that has a matrix with one row for each expert."""
+    """Return the same for a gate without a bias that has a matrix with one row for each expert."""
     for gate in _gates(module):
         num_experts = count_experts(module.get_submodule("experts"))
         if score_matrix(gate, num_experts) is not None:
@@ -89,10 +89,10 @@ def _find_plain_gate(module: nn.Module) -> tuple[nn.Module, nn.Module, str] | No
 
 
 def moe_blocks(model: nn.Module) -> Iterator[MoEBlock]:
-    """Every block of the model with experts and a gate with a selection bias, in the model's order.
+    """Yield every block of the model with experts and a gate with a selection bias, in the model's order.
 
-    If no gate of the model has one, every block whose gate can get one: a family that biases some of its layers means
-    the others to have none.
+    If no gate of the model has one, yield every block whose gate can get one: in a family that biases some of its
+    layers, the others are meant to have none.
     """
     modules = list(model.named_modules())
     for find in (_find_bias, _find_plain_gate):

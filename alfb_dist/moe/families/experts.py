@@ -1,4 +1,4 @@
-"""A family's own experts module, run on a part of its experts, for experts whose arithmetic is not written here."""
+"""A family's own experts module, run on a part of its experts, for experts other than SwiGLU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.nn import functional
 from alfb_dist.moe.experts.reference import Activation, expert_mlp_reference
 
 CPU = torch.device("cpu")
-"""Where trials run, also while a model is built without memory."""
+"""The device of trials, also while a model is built without memory."""
 
 
 def activation(experts: Any) -> Activation | None:
-    """The activation of SwiGLU experts, or None where there is none; a module, so that its kind shows."""
+    """Return the activation of SwiGLU experts, a module, or None if there is none."""
     act = getattr(experts, "act_fn", None)
     if act is functional.silu:
         return nn.SiLU()
@@ -25,18 +25,18 @@ def activation(experts: Any) -> Activation | None:
 
 
 def expert_rows(experts: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that hold one row for each expert, by name."""
+    """Return the parameters that hold one row for each expert, by name."""
     return dict(experts.named_parameters(recurse=False))
 
 
 def count_experts(experts: nn.Module) -> int:
-    """How many experts with weights there are. Rows of a parameter beyond them are never read."""
+    """Return the number of experts with weights. Rows of a parameter beyond them are never read."""
     rows = [p.shape[0] for p in expert_rows(experts).values()]
     return min(rows) if rows else len(list(experts.children()))
 
 
 def part_of(experts: nn.Module, owner: nn.Module, num_local: int) -> Any:
-    """A twin of the family's module for `num_local` experts, which reads its parameters from `owner` at any time."""
+    """Return a copy of the family's module for `num_local` experts, which shares the parameters of `owner`."""
     part: Any = copy.copy(experts)
     full = count_experts(experts)
     surplus = max(p.shape[0] for p in expert_rows(experts).values()) - full
@@ -50,7 +50,7 @@ def part_of(experts: nn.Module, owner: nn.Module, num_local: int) -> Any:
 
 
 def _replica(experts: nn.Module, parameters: dict[str, Tensor]) -> Any:
-    """The family's module with other weights, for as many experts as they have rows."""
+    """Return the family's module with other weights, one expert for each of their rows."""
     owner = nn.Module()
     owner._modules = experts._modules
     for name, weight in parameters.items():
@@ -59,12 +59,12 @@ def _replica(experts: nn.Module, parameters: dict[str, Tensor]) -> Any:
 
 
 def takes_rows(experts: nn.Module) -> bool:
-    """Whether the module is given nothing but rows, weighted already and as many for each expert (Llama 4)."""
+    """Whether the module takes nothing but rows, already weighted and equally many for each expert (Llama 4)."""
     return len(inspect.signature(type(experts).forward).parameters) == 2
 
 
 def _in_rows(part: Any, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
-    """The weighted sums over the slots by a module that takes rows: each expert's own, made equally many with zeros."""
+    """Return the weighted sums over the slots by a module that takes rows, padded with zeros for each expert."""
     num_experts, (num_rows, top_k) = count_experts(part), expert_ids_RK.shape
     ids_S = expert_ids_RK.flatten()
     order_S = ids_S.argsort(stable=True)
@@ -82,18 +82,18 @@ def _called(part: Any, *inputs: Tensor) -> Any:
 
 
 def _eager(part: Any, *inputs: Tensor) -> Any:
-    """The module's own forward, whatever implementation its configuration names."""
+    """Run the module's own forward, whatever implementation its configuration names."""
     return _in_rows(part, *inputs) if takes_rows(part) else inspect.unwrap(type(part).forward)(part, *inputs)
 
 
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""What a module raises that is called in a way that it was not made for."""
+"""Exceptions of a module that is called in a way that it was not made for."""
 
 
 @torch.no_grad()
 def is_swiglu(experts: nn.Module) -> bool:
-    """Whether the experts are SwiGLU experts in transformers' fused form, (E, 2F, D) and (E, D, F), and nothing more:
-    no biases, no clamp, no cast. Tried on small random weights and large values."""
+    """Whether the experts are SwiGLU experts in transformers' fused form, (E, 2F, D) and (E, D, F), without biases,
+    clamp or cast. Tested on small random weights and large values."""
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     act = activation(experts)
     if act is None or not (
@@ -119,7 +119,7 @@ def is_swiglu(experts: nn.Module) -> bool:
 
 @torch.no_grad()
 def why_whole(experts: nn.Module) -> str | None:
-    """Why the experts cannot run in parts, in words that follow their name; None if they can. Tried on random rows."""
+    """Return why the experts cannot run in parts, to follow their name; None if they can. Tested on random rows."""
     parameters = expert_rows(experts)
     if not parameters:
         return "are not fused SwiGLU experts (gate_up_proj, down_proj)"
@@ -148,7 +148,7 @@ def why_whole(experts: nn.Module) -> str | None:
 
 
 def _tried(experts: Any, *inputs: Tensor) -> Tensor | None:
-    """What the experts make of the inputs, or None if these have the wrong width."""
+    """Return the experts' output, or None if the inputs have the wrong width."""
     try:
         return _eager(experts, *inputs)
     except FAILURES:
@@ -156,7 +156,7 @@ def _tried(experts: Any, *inputs: Tensor) -> Tensor | None:
 
 
 class _Join(torch.autograd.Function):
-    """Both as they are; their gradients come together, so that all ranks exchange them in the same order."""
+    """The identity of both; their gradients come together, so that all ranks exchange them in the same order."""
 
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class _Join(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """The first as it is; all others get a gradient, 0 where nothing else gives one."""
+    """The identity of the first; all others get a gradient, 0 where nothing else gives one."""
 
     @staticmethod
     def forward(ctx: Any, out_RD: Tensor, *tied: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class _Tie(torch.autograd.Function):
 
 
 def _filled_slots(part: Any, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
-    """The sum over the slots that are not empty. Some families know no empty slot; they see each filled one alone."""
+    """Return the sum over the filled slots. Some families know no empty slot, so filled ones are passed singly."""
     num_local = count_experts(part)
     row_S, slot_S = (expert_ids_RK < num_local).nonzero(as_tuple=True)
     if row_S.numel() == expert_ids_RK.numel():
@@ -199,7 +199,7 @@ def _filled_slots(part: Any, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Te
 
 
 def family_mlp(part: Any, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
-    """See `expert_mlp`, with the arithmetic of the family's module. An expert without rows gets zero gradients."""
+    """Return what `expert_mlp` does, by the family's module. An expert without rows gets zero gradients."""
     x_RD, weights_RK = _Join.apply(x_RD, weights_RK)
     out_RD = _filled_slots(part, x_RD, expert_ids_RK, weights_RK)
     return _Tie.apply(out_RD, x_RD, weights_RK, *part.parameters())
