@@ -131,7 +131,7 @@ def test_run_from_a_released_model_leaves_its_biases_and_says_so(
 def test_commands_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released(tmp_path / "released-model")
     monkeypatch.chdir(tmp_path)
-    lines = block("Look into models, compare and convert them", "sh").splitlines()
+    lines = block("Inspect, compare and convert models", "sh").splitlines()
     for line in lines:
         program, *words = shlex.split(line, comments=True)
         assert program == "alfb" and main(words) == 0, line

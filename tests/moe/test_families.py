@@ -240,4 +240,4 @@ def test_document_lists_every_family_of_the_installed_transformers() -> None:
     assert moe_language_models() == set(FAMILIES) | set(UNSUPPORTED)
     assert not set(FAMILIES) & set(UNSUPPORTED)
     assert biased_folders_without_language_model() == set(NOT_LANGUAGE_ONLY)
-    assert written(DOCUMENT.read_text()) == DOCUMENT.read_text(), "run python tests/family_table.py"
+    assert written(DOCUMENT.read_text()) == DOCUMENT.read_text(), "cd tests; python -m support.family_table"

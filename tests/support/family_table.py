@@ -1,4 +1,4 @@
-"""The tables of docs/families.md, from the installed transformers; `python tests/family_table.py` rewrites them."""
+"""The tables of docs/families.md, from the installed transformers; `cd tests; python -m support.family_table`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def tables() -> Iterator[str]:
     yield from (_row([f"`{folder}`", "not a causal language model; not tested"]) for folder in NOT_LANGUAGE_ONLY)
 
 
-START, END = "<!-- tables: made by tests/family_table.py -->\n", "<!-- end of tables -->\n"
+START, END = "<!-- tables: made by tests/support/family_table.py -->\n", "<!-- end of tables -->\n"
 
 
 def written(text: str) -> str:
