@@ -114,7 +114,7 @@ def go_on(folder: str) -> tuple[list[str], list[str], Tensor]:
     run.engine.backward(run.engine(**tiny_batch(2, 1, 6)).loss)
     run.engine.step()
     assert run.balancer.step() and run.balancer.load_LE.any()
-    return run.notes, run.balancer.modes, run.balancer.bias_LE
+    return run.messages, run.balancer.modes, run.balancer.bias_LE
 
 
 def test_run_from_a_released_model_leaves_its_biases_and_says_so(

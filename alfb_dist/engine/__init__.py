@@ -1,1 +1,1 @@
-"""The DeepSpeed seam, and what happens around an optimizer step."""
+"""The DeepSpeed engine around sharded experts, and the balancing around an optimizer step."""

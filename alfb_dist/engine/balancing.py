@@ -12,8 +12,8 @@ from alfb_dist.config.tables import MODES
 class Balancing:
     """How the selection biases follow the loads; see `alfb_dist.Balancer` and `rate_schedule` for the fields.
 
-    Raises ValueError if the mode is unknown, or the rate is a function and steps of a schedule are given too. The
-    rule's name and the numbers are checked by `engine.balancer.rate_of`.
+    Raises ValueError for an unknown mode, or a schedule's steps together with a rate that is a function.
+    `engine.balancer.rate_of` checks the rule's name and the numbers.
     """
 
     rule: str = "sign"

@@ -1,1 +1,1 @@
-"""A training run: built, looped, stopped, resumed; also balancing inside transformers' Trainer."""
+"""A training run: build, loop, stop, resume; and balancing in transformers' Trainer."""

@@ -1,4 +1,4 @@
-"""What a configuration will need, worked out without training: parameters, memory, bytes exchanged."""
+"""The parameters, memory and traffic of a configuration, computed without training."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ from alfb_dist.training.model import meta_model
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes per rank unless named otherwise; bytes."""
+    """Sizes of a run. Bytes are per rank."""
 
     parameters: int  # of the whole model
     active_parameters: int  # used by one token
     rank_parameters: int
     weight_bytes: int
     gradient_bytes: int
-    optimizer_bytes: int  # float32 moments, and the float32 weights that ZeRO or bfloat16 keep beside the model's
-    exchange_bytes: int  # sent to other ranks per optimizer step if routing is uniform, both ways, forward and backward
+    optimizer_bytes: int  # float32 moments, and the float32 weights that ZeRO and bfloat16 need
+    exchange_bytes: int  # sent to other ranks per optimizer step if routing is uniform; forward and backward
     moe_layers: int
-    tokens_per_step: int  # of all ranks
+    tokens_per_step: int  # over all ranks
     accumulation_steps: int
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and optimizer together; activations come on top."""
+        """Weights, gradients and optimizer together, without activations."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def remote_ranks(num_experts: int, top_k: int, ep_degree: int) -> float:
-    """To how many other ranks a token goes on average if its K experts are drawn uniformly: each rank is missed with
-    probability C(E - E/P, K) / C(E, K)."""
+    """Return the mean number of other ranks that a token is sent to if its K experts are drawn uniformly.
+
+    A rank gets none of the token's experts with probability C(E - E/P, K) / C(E, K).
+    """
     elsewhere = num_experts - num_experts // ep_degree
     return (ep_degree - 1) * (1 - comb(elsewhere, top_k) / comb(num_experts, top_k))
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
-    """The sizes of a run of this configuration on `world_size` ranks. The model is built without memory."""
+    """Return the sizes of a run on `world_size` ranks. The model is built on the meta device."""
     model: Any = meta_model(config)
     zero: Any = config.deepspeed.get("zero_optimization", {})
     ep_degree, stage = config.parallel.ep_degree, int(zero.get("stage", 0))
@@ -74,7 +76,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
 
 
 def table_rows(e: Estimate, world_size: int, config: Config) -> list[tuple[str, str]]:
-    """The estimate in words, for a table."""
+    """Return the estimate as (label, value) rows."""
     return [
         (
             "ranks",

@@ -1,4 +1,4 @@
-"""A training run: the order of events."""
+"""The training loop: the order of events in a run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def train(
     *,
     profile: bool = False,
 ) -> int:
-    """The run is done, or has stopped with a checkpoint: its exit code. Collective over the launcher's ranks.
+    """Train until the last step, or stop early with a checkpoint; return the exit code. Collective over all ranks.
 
-    stop: what asks it to stop; signals unless given. on_start: called once the run stands at its first step.
-    profile: the first and the last rank keep a trace of a few steps in the run folder.
+    stop: what asks the run to stop; signals by default. on_start: called before the first step.
+    profile: the first and the last rank write a trace of a few steps to the run directory.
     """
     run = start(config)
     if on_start is not None:
@@ -69,7 +69,7 @@ def train(
 
 
 def recorder_of(run: Run, profile: bool) -> Recorder | NoRecorder:
-    """What records this rank's steps, if anything does."""
+    """Return the recorder of this rank's steps; one that does nothing without `profile`."""
     if not profile:
         return NoRecorder()
     steps = run.config.train.steps - run.first_step
@@ -78,30 +78,30 @@ def recorder_of(run: Run, profile: bool) -> Recorder | NoRecorder:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A rank's micro-batches of one optimizer step, and what all ranks' hold together."""
+    """A rank's micro-batches of one optimizer step, and two counts over all ranks."""
 
     micro_batches: list[dict[str, Tensor]]
-    targets: int  # tokens to be predicted
+    targets: int  # tokens to predict
     tokens: int  # without padding
 
 
 def due(step: int, interval: int, last: bool) -> bool:
-    """Whether what is done every `interval` steps (0: only at the end) is done after this step."""
+    """Return whether an action is due after this step. interval: in steps; 0 is at the last step only."""
     return last or (interval > 0 and step % interval == 0)
 
 
 def on_device(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The micro-batch where the model is."""
+    """Return the micro-batch on the model's device."""
     return {name: x.to(run.device, non_blocking=True) for name, x in batch.items()}
 
 
 def num_targets(batch: dict[str, Tensor]) -> Tensor:
-    """How many tokens of the micro-batch are to be predicted."""
+    """Return the number of tokens to predict in the micro-batch."""
     return (batch["labels"][:, 1:] >= 0).sum()
 
 
 def next_batch(run: Run, step: int) -> StepBatch:
-    """The step's samples; collective. RuntimeError on every rank if one of them cannot read its own."""
+    """Return the step's samples; collective. Raises RuntimeError on every rank if a rank cannot read its own."""
     rank, world, micro_batch = run.slot
     failure: Exception | None = None
     micro_batches: list[dict[str, Tensor]] = []
@@ -121,12 +121,12 @@ def next_batch(run: Run, step: int) -> StepBatch:
 
 
 def forward_backward_step(run: Run, batch: StepBatch) -> Tensor:
-    """One optimizer step on the rank's micro-batches: this rank's part of the mean loss per predicted token.
+    """Take one optimizer step. Return this rank's part of the mean loss per predicted token.
 
-    The parts of all ranks add up to the mean over the global batch, however its padding is spread.
+    The parts of all ranks add up to the mean over the global batch, wherever its padding is.
     """
     parts = run.group.size() * len(batch.micro_batches)
-    # The engine averages over ranks and micro-batches, so each gives its sum over the mean number of targets.
+    # The engine averages over ranks and micro-batches, so each divides its sum by the mean number of targets.
     mean_targets = torch.tensor(batch.targets / parts, device=run.device)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for micro_batch in batch.micro_batches:
@@ -139,20 +139,23 @@ def forward_backward_step(run: Run, batch: StepBatch) -> Tensor:
 
 
 def agree(run: Run, part: Tensor, asked_to_stop: bool) -> tuple[float, bool]:
-    """The loss of the global batch, and whether any rank was asked to stop; collective."""
+    """Return the loss of the global batch, and whether any rank was asked to stop; collective.
+
+    Raises RuntimeError after train.max_skipped_steps skipped steps in a row.
+    """
     total, asked = all_sum(torch.stack([part, part.new_tensor(asked_to_stop)]), run.group).tolist()
     applied = run.engine.was_step_applied()
     run.skipped_in_a_row = 0 if applied else run.skipped_in_a_row + 1
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         raise RuntimeError(
             f"{run.skipped_in_a_row} steps in a row were skipped because their gradients were not finite "
-            "(train.max_skipped_steps); the last checkpoint is from before"
+            "(train.max_skipped_steps): resume from the last checkpoint with a lower optimizer.lr"
         )
     return total, asked > 0
 
 
 def report(run: Run, step: int, batch: StepBatch, loss: float, lr: float, seconds: float) -> None:
-    """The step is in the progress bar and, at the log interval, in the metrics."""
+    """Show the step in the progress bar and, at the log interval, write it to the metrics."""
     config, load_LE = run.config, run.balancer.load_LE
     run.tokens += batch.tokens
     violation_L = metrics.max_violation(load_LE)
@@ -179,7 +182,7 @@ def report(run: Run, step: int, batch: StepBatch, loss: float, lr: float, second
 
 @torch.no_grad()
 def evaluate(run: Run, step: int) -> None:
-    """The validation loss and the balance over the validation sequences are reported; collective."""
+    """Report the loss and the balance over the validation sequences; collective."""
     rank, world, micro_batch = run.slot
     totals = torch.zeros(2, dtype=torch.float64, device=run.device)
     run.engine.eval()
@@ -201,7 +204,7 @@ def evaluate(run: Run, step: int) -> None:
 
 
 def save(run: Run, step: int) -> None:
-    """A checkpoint of this step is on disk, or training goes on without it after a message; collective."""
+    """Save a checkpoint of this step; if the disk fails, print a message and go on. Collective."""
     state = {
         "step": step,
         "tokens": run.tokens,
@@ -218,5 +221,5 @@ def save(run: Run, step: int) -> None:
             state=state,
             keep=run.config.train.keep_checkpoints,
         )
-    except OSError as error:  # raised on every rank alike
+    except OSError as error:  # the same on every rank
         run.reporter.message(f"no checkpoint at step {step}: {error}")

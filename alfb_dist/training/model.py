@@ -17,7 +17,7 @@ from alfb_dist.training.settings import sharding_of
 
 
 def transformers_config(model: ModelConfig) -> Any:
-    """transformers' configuration of the model: that of model.path, or the given one. Weights need not be there."""
+    """Return transformers' configuration of the model, from model.path or model.config. No weights are read."""
     from transformers import AutoConfig
 
     if model.path:
@@ -26,26 +26,26 @@ def transformers_config(model: ModelConfig) -> Any:
 
 
 def meta_model(config: Config) -> nn.Module:
-    """The model with shapes but without memory."""
+    """Return the model on the meta device."""
     model: nn.Module = pretrained.meta_model(transformers_config(config.model))
     return model
 
 
 def build_model(config: Config, *, resumed: bool = False) -> nn.Module:
-    """The model in float32 and training mode: initialised from run.seed, the same on every rank, or from model.path.
+    """Return the model in float32 and training mode: initialised from run.seed, equal on all ranks, or from model.path.
 
-    A model from model.path comes parallelised, each rank having read its own experts only; collective then. So does one
-    that is resumed: it has room for the rank's share, and its weights are to be read from a checkpoint. DeepSpeed casts
-    it to model.dtype. Activation checkpointing is on as train.activation_checkpointing says.
-    Raises ConfigError for a folder that cannot be read, and ValueError for a family that transformers does not know.
+    A model from model.path is parallelised, and each rank has read its own experts only. So is a resumed one: it has
+    room for the rank's share, and a checkpoint brings the weights. Both are collective. DeepSpeed casts the model to
+    model.dtype. train.activation_checkpointing is applied.
+    Raises ConfigError if model.path cannot be read, ValueError if transformers does not know the family.
     """
     torch.manual_seed(config.run.seed)
-    model = _read(config) if config.model.path else _roomy(config) if resumed else _initialised(config)
+    model = _read(config) if config.model.path else _empty(config) if resumed else _initialised(config)
     model.config.use_cache = False
     if config.train.activation_checkpointing != "none":
         reentrant = config.train.activation_checkpointing == "reentrant"
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    trained: nn.Module = model.train()  # one that was read comes in evaluation mode, in which no gate counts
+    trained: nn.Module = model.train()  # a model that was read is in evaluation mode, where no gate counts
     return trained
 
 
@@ -57,7 +57,7 @@ def _initialised(config: Config) -> Any:
     )
 
 
-def _roomy(config: Config) -> Any:
+def _empty(config: Config) -> Any:
     model = pretrained.meta_model(transformers_config(config.model), torch.float32, config.model.attention)
     pretrained.make_room(model, torch.float32, sharding_of(config))
     return model
@@ -71,13 +71,13 @@ def _read(config: Config) -> Any:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many parameters the model has with the experts of all ranks."""
-    here = sum(p.numel() for p in model.parameters())
-    return here + sum((m.ep_size - 1) * p.numel() for _, m in sharded_experts(model) for p in m.parameters())
+    """Return the number of the model's parameters, the experts of all ranks included."""
+    local = sum(p.numel() for p in model.parameters())
+    return local + sum((m.ep_size - 1) * p.numel() for _, m in sharded_experts(model) for p in m.parameters())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; vectors (norms, biases) without."""
+    """Return two groups: matrices with weight decay, vectors (norms, biases) without."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay, "name": "decayed"},

@@ -1,4 +1,4 @@
-"""The profiler of a training run: traces of a few steps of the first and the last rank."""
+"""The profiler of a training run: traces of a few steps on the first and the last rank."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from alfb_dist.moe.shared_experts import NAMES as SHARED_EXPERTS
 from alfb_dist.training.trace import as_text, mark_backward, where_time_goes
 
 MAX_WAIT, MAX_ACTIVE = 3, 3
-"""Steps before the recording, which are slower than later ones, and steps recorded."""
+"""Steps before the recording, which are slower than later ones; and steps recorded."""
 
 
 def phases(steps: int) -> tuple[int, int, int]:
-    """(steps to wait, to warm the profiler up in, to record) of a run with that many steps, at least 2."""
+    """Return the numbers of steps to wait, to warm up the profiler and to record. steps: of the run, at least 2."""
     active = min(MAX_ACTIVE, steps - 1)
     return min(MAX_WAIT, steps - active - 1), 1, active
 
 
 def mark_shared_experts(model: nn.Module) -> None:
-    """The forward of each block's shared experts is a range. They are the family's own: hooks mark it."""
+    """Mark the forward of each block's shared experts as a range, by hooks, since the modules are the family's."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in SHARED_EXPERTS:
             _mark(module, "shared")
@@ -47,21 +47,21 @@ def _mark(module: nn.Module, name: str) -> None:
 
 
 class Recorder:
-    """Records from the third step or so on; a context around the loop, in which `step` is called after each step.
+    """A context around the training loop that records a few steps; `step` is called after each one.
 
-    file: the trace, in the form that chrome://tracing and ui.perfetto.dev show. tell: is called with the table of
-    where the time went, once the steps are recorded.
+    file: the trace, for chrome://tracing or ui.perfetto.dev. report: called with a table of the ranges' times once the
+    steps are recorded.
     """
 
-    def __init__(self, file: Path, steps: int, model: nn.Module, tell: Callable[[str], None]) -> None:
+    def __init__(self, file: Path, steps: int, model: nn.Module, report: Callable[[str], None]) -> None:
         wait, warmup, active = phases(steps)
         mark_shared_experts(model)
-        self._file, self._tell = file, tell
+        self._file, self._report = file, report
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = profile(
             activities=activities,
             schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-            on_trace_ready=self._keep,
+            on_trace_ready=self._write,
         )
 
     def __enter__(self) -> Recorder:
@@ -74,10 +74,10 @@ class Recorder:
         self._profile.__exit__(kind, error, where)
 
     def step(self) -> None:
-        """A step has ended."""
+        """Count a finished step."""
         self._profile.step()
 
-    def _keep(self, recorded: Any) -> None:
+    def _write(self, recorded: Any) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(self._file))
         trace = json.loads(self._file.read_text())
@@ -86,11 +86,11 @@ class Recorder:
         trace["traceEvents"] += marks
         self._file.write_text(json.dumps(trace))
         if shares:
-            self._tell(f"{self._file}\n{as_text(shares)}")
+            self._report(f"{self._file}\n{as_text(shares)}")
 
 
 class NoRecorder:
-    """Where nothing is recorded: the same methods, each of which does nothing."""
+    """A recorder that does nothing."""
 
     def __enter__(self) -> NoRecorder:
         return self
@@ -99,13 +99,13 @@ class NoRecorder:
         pass
 
     def step(self) -> None:
-        """Nothing has happened."""
+        """Do nothing."""
 
 
 def open_recorder(
-    folder: Path, rank: int, world: int, steps: int, model: nn.Module, tell: Callable[[str], None]
+    folder: Path, rank: int, world: int, steps: int, model: nn.Module, report: Callable[[str], None]
 ) -> Recorder | NoRecorder:
-    """A Recorder of folder/trace-rank-R.json on the first and the last rank of a run of that many steps: at least 2."""
+    """Return a Recorder of folder/trace-rank-R.json on the first and the last rank, if the run has at least 2 steps."""
     if rank not in (0, world - 1) or steps < 2:
         return NoRecorder()
-    return Recorder(folder / f"trace-rank-{rank}.json", steps, model, tell)
+    return Recorder(folder / f"trace-rank-{rank}.json", steps, model, report)

@@ -1,4 +1,4 @@
-"""Everything that a training run works with, built in order, and resumed if asked."""
+"""A training run: all its parts are built in order, and resumed from a checkpoint if asked."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from alfb_dist.training.settings import balancing_of, sharding_of, start_patienc
 
 @dataclass
 class Run:
-    """What the loop works with. `summary` is what the report says at the end; it outlives a resume."""
+    """The parts of a training run."""
 
     config: Config
     folder: Path
@@ -60,19 +60,20 @@ class Run:
     tokens: int = 0
     skipped_in_a_row: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    """What a person should read when the run starts."""
+    """What the report shows at the end. Checkpoints keep it."""
+    messages: list[str] = field(default_factory=list)
+    """Shown when the run starts."""
 
     @property
     def slot(self) -> tuple[int, int, int]:
-        """(rank, world size, micro-batch): which samples are this rank's."""
+        """(rank, world size, micro-batch size), which decide on the rank's samples."""
         return self.group.rank(), self.group.size(), self.config.train.micro_batch
 
 
 def start(config: Config) -> Run:
-    """The run stands at its first step, or where its newest good checkpoint left it; collective.
+    """Build the run, at its first step or at its newest good checkpoint; collective.
 
-    ConfigError on every rank alike if ranks differ in versions, configuration or data.
+    Raises ConfigError on every rank if ranks differ in versions, configuration or data.
     """
     device = init_distributed(timeout_seconds=start_patience(config), interface=config.run.interface)
     quiet()
@@ -86,24 +87,23 @@ def start(config: Config) -> Run:
 
 
 def _hosts(peers: Peers) -> list[str]:
-    """The host of each rank, in rank order; hosts of one name are told apart by their addresses."""
+    """Return the host of each rank, in rank order, with its address if several hosts have the name."""
     everyone = sorted((peers.me, *peers.others), key=lambda peer: peer.rank)
     addresses = {name: {p.address[0] for p in everyone if p.host == name} for name in {p.host for p in everyone}}
     return [p.host if len(addresses[p.host]) == 1 else f"{p.host} ({p.address[0]})" for p in everyone]
 
 
 def _meet(config: Config, group: ProcessGroup) -> Peers:
-    """The ranks know each other, and that they are to do the same."""
+    """Connect the ranks. Raises ConfigError on every rank if versions, sources or settings differ."""
     peers = Peers(group.rank())
-    known = {**facts(), **flat_settings(config)}
-    everyone = share_objects((peers.me, known), group)
-    _refuse_differences([(peer, known) for peer, known in everyone], "make it the same on every host")
+    everyone = share_objects((peers.me, {**facts(), **flat_settings(config)}), group)
+    _refuse_differences(everyone, "make it the same on every host")
     peers.meet([peer for peer, _ in everyone])
     return peers
 
 
-def _refuse_differences(known: list[tuple[Peer, dict[str, Any]]], mend: str) -> None:
-    found = differences([(peer.place, facts) for peer, facts in known], mend)
+def _refuse_differences(facts_by_peer: list[tuple[Peer, dict[str, Any]]], fix: str) -> None:
+    found = differences([(peer.place, facts) for peer, facts in facts_by_peer], fix)
     if found:
         raise ConfigError("\n".join(found))
 
@@ -133,11 +133,11 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     released = config.model.path or run.summary.get(RELEASED)
     if released and config.balance.mode == "auto":
         balancer.modes = ["freeze"] * len(balancer.modes)
-        run.notes.append(
-            f'the biases of {released} stay as released (balance.mode = "auto"); '
-            "set balance.mode to train or recentre to keep the experts balanced as they are trained on"
+        run.messages.append(
+            f'the biases of {released} stay as released (balance.mode = "auto"): '
+            "set balance.mode to train or recentre to keep the experts balanced in further training"
         )
-    run.notes += [misplaced] if misplaced else []
+    run.messages += [misplaced] if misplaced else []
     _show_grid(run, hosts)
     on_every_rank(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
     return run
@@ -175,14 +175,14 @@ def _open_data(config: Config, prepared: PreparedData) -> tuple[Batches, Batches
 
 
 def _compare_data(peers: Peers, data: tuple[Batches, Batches], group: ProcessGroup) -> None:
-    """ConfigError on every rank alike if a host holds other token files than the rest."""
+    """Raise ConfigError on every rank if the hosts' token files differ."""
     files = {str(batches.token_file.path): batches.token_file.fingerprint for batches in data}
     everyone = share_objects((peers.me, files), group)
     _refuse_differences(everyone, "copy the first host's file, or put data.cache where every host sees it")
 
 
 def _check_shared(folder: Path, group: ProcessGroup) -> None:
-    """ConfigError on every rank alike if one does not see what the first writes into the run's folder."""
+    """Raise ConfigError on every rank if a rank does not see a file that the first one writes to the run directory."""
     mark = first_ranks(lambda: Path(tempfile.mkstemp(prefix=".seen-", dir=folder)[1]), group, OSError)
 
     def look() -> None:
@@ -200,12 +200,15 @@ def _check_shared(folder: Path, group: ProcessGroup) -> None:
 
 
 def _newest(config: Config, folder: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that the run goes on from, if it is to and there is one, and what damaged ones are passed over."""
+    """Return the checkpoint to resume from, if any, and the damaged ones that are skipped, with reasons.
+
+    Raises ConfigError if all are damaged.
+    """
     path, damaged = checkpoint.agree_on_newest(folder / "checkpoints") if config.run.resume else (None, [])
     if path is None and damaged:
         raise ConfigError(
-            f"run.resume: no checkpoint of {folder} is whole ({'; '.join(damaged)}); "
-            "mend or remove them, or start anew with run.resume=false"
+            f"run.resume: no checkpoint of {folder} is whole ({'; '.join(damaged)}): "
+            "restore or remove them, or start a new run with run.resume=false"
         )
     return path, damaged
 
@@ -214,20 +217,20 @@ def _resume(run: Run, path: Path | None, damaged: list[str]) -> None:
     if not run.config.run.resume:
         return
     if path is None:
-        run.notes.append("nothing to resume from: the run starts at its first step")
-    run.notes += [f"passed over a checkpoint: {reason}" for reason in damaged]
+        run.messages.append("nothing to resume from: the run starts at its first step")
+    run.messages += [f"skipped a damaged checkpoint: {reason}" for reason in damaged]
     if path is not None:
         state = checkpoint.load(run.engine, run.balancer, path)
         run.first_step, run.tokens, run.summary = state["step"], state["tokens"], state["summary"]
-        run.notes.append(f"resumed from {path.name}")
+        run.messages.append(f"resumed from {path.name}")
         if run.first_step == 0 and RELEASED in run.summary:
-            run.balancer.start_from(run.balancer.bias_LE)  # as a released model begins: `recentre` happens now
+            run.balancer.start_from(run.balancer.bias_LE)  # a released model starts: `recentre` happens now
             return
-        run.notes += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
+        run.messages += first_ranks(lambda: changed_settings(run.folder, run.config), run.group, OSError)
 
 
 def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:
-    """On the first rank, config.json is written and the reporter open."""
+    """Write config.json and open the reporter, on the first rank."""
     if run.group.rank() != 0:
         return
     config, report = run.config, run.config.report
@@ -252,12 +255,12 @@ def _open_report(run: Run, num_parameters: int, layer_names: list[str]) -> None:
         layer_names=layer_names,
         html=report.html,
     )
-    for note in run.notes:
-        run.reporter.message(note)
+    for message in run.messages:
+        run.reporter.message(message)
 
 
 def _show_grid(run: Run, hosts: list[str]) -> None:
-    """On the first rank, a small table of hosts, ranks and experts stands on the terminal."""
+    """Print a small table of hosts, ranks and experts, on the first rank."""
     if run.group.rank() == 0 and run.group.size() > 1:
         rows = grid_rows(hosts, run.config.parallel.ep_degree, run.balancer.bias_LE.shape[-1])
         interface = os.environ.get(INTERFACE_VARIABLES[0])

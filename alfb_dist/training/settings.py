@@ -15,7 +15,7 @@ def start_patience(config: Config) -> float:
 
 
 def sharding_of(config: Config) -> Sharding:
-    """Return the sharding of a run as it is built: exchanges wait as long as `start_patience` says."""
+    """Return the sharding of a run, with `start_patience` as its timeout: set the run's own when it starts."""
     return Sharding(
         ep_degree=config.parallel.ep_degree,
         max_rows=config.parallel.max_rows,

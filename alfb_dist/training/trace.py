@@ -1,8 +1,8 @@
-"""What a Chrome trace of torch's profiler says about the package's ranges: pure functions of its events.
+"""The times of the package's ranges in a Chrome trace of torch's profiler: pure functions of its events.
 
-A range is marked in the forward only. Each operation that autograd will differentiate carries a sequence number in the
-trace, and so does the node of the backward that belongs to it: so every node's range is known, also in modules that are
-not ours, and nothing has to be built into the graph for it.
+A range is marked in the forward only. An operation that autograd will differentiate has a sequence number in the trace,
+which its node in the backward has too. So the range of each node is known, also in modules that are not ours, and
+nothing is added to the graph.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 Event = dict[str, Any]
 
-BESIDE = ("evaluate", "checkpoint")
-"""What may come between two training steps. Ranges inside these are not counted."""
-RANGES = ("data", "route", "dispatch", "exchange", "experts", "combine", "shared", "optimizer", "bias", *BESIDE)
-"""The ranges of a training step, in the order in which they come."""
+BETWEEN_STEPS = ("evaluate", "checkpoint")
+"""Ranges between two training steps. Ranges inside them are not counted."""
+RANGES = ("data", "route", "dispatch", "exchange", "experts", "combine", "shared", "optimizer", "bias", *BETWEEN_STEPS)
+"""The ranges of a training step, in their order."""
 STEP = "ProfilerStep#"
 _NODE = "autograd::engine::evaluate_function: "
 
 
 @dataclass(frozen=True)
 class Share:
-    """Where time went: milliseconds a step in the forward and in the backward; on an accelerator also its own."""
+    """The time of a range: milliseconds per step in forward and backward on the host, and on the accelerator."""
 
     name: str
     forward_ms: float
@@ -37,7 +37,7 @@ def _end(event: Event) -> float:
 
 
 def _complete(events: Iterable[Event]) -> list[Event]:
-    """The events with a duration, by their start; of those that start together the longer first."""
+    """Return the events that have a duration, sorted by start; of those that start together the longer first."""
     return sorted((e for e in events if e.get("ph") == "X" and "dur" in e), key=lambda e: (e["ts"], -e["dur"]))
 
 
@@ -45,25 +45,40 @@ def _is_range(event: Event) -> bool:
     return event.get("cat") == "user_annotation" and event["name"] in RANGES
 
 
-def _in_ranges(events: list[Event]) -> list[tuple[Event, str | None]]:
-    """Each event of the host with the innermost range that it starts in on its thread."""
-    open_ranges: dict[Any, list[Event]] = defaultdict(list)
-    found: list[tuple[Event, str | None]] = []
-    for event in events:
-        stack = open_ranges[event["tid"]]
+class _OpenRanges:
+    """The ranges that are open on each thread, while events are read in the order of their start."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[Any, list[Event]] = defaultdict(list)
+
+    def around(self, event: Event) -> Event | None:
+        """Return the innermost range in which the event starts, if any; ranges that ended before are closed."""
+        stack = self._by_thread[event["tid"]]
         while stack and _end(stack[-1]) <= event["ts"]:
             stack.pop()
+        return stack[-1] if stack else None
+
+    def open(self, event: Event) -> None:
+        self._by_thread[event["tid"]].append(event)
+
+
+def _in_ranges(events: list[Event]) -> list[tuple[Event, str | None]]:
+    """Return each event of the host with the name of the innermost range in which it starts on its thread."""
+    ranges = _OpenRanges()
+    found: list[tuple[Event, str | None]] = []
+    for event in events:
+        outer = ranges.around(event)
         if _is_range(event):
-            stack.append(event)
+            ranges.open(event)
         else:
-            found.append((event, stack[-1]["name"] if stack else None))
+            found.append((event, None if outer is None else outer["name"]))
     return found
 
 
 def mark_backward(events: list[Event]) -> list[Event]:
-    """Ranges named "NAME backward" over the nodes that differentiate what NAME ran, to be added to the events.
+    """Return ranges named "NAME backward" over the nodes that differentiate the operations of NAME.
 
-    Neighbouring nodes of one range are one; accumulating a gradient belongs to no range.
+    Neighbouring nodes of a range are joined. Accumulating a gradient belongs to no range.
     """
     range_of: dict[int, str | None] = {}
     marks: list[Event] = []
@@ -71,7 +86,7 @@ def mark_backward(events: list[Event]) -> list[Event]:
         number = event.get("args", {}).get("Sequence number")
         if not event["name"].startswith(_NODE):
             if number is not None and not event["name"].endswith("Backward"):
-                range_of[number] = name  # the last operation that has seen a number is the one that used it
+                range_of[number] = name  # the last operation with a number is the one that has the node
             continue
         of = name or range_of.get(number)
         last = marks[-1] if marks else None
@@ -86,24 +101,23 @@ def mark_backward(events: list[Event]) -> list[Event]:
 
 
 def _own_time(ranges: list[Event]) -> dict[str, float]:
-    """Microseconds in each range by name, without those in a range inside it. What a backward calls is backward."""
+    """Return the microseconds of each range by name, less those of ranges inside it. A range in a backward counts as
+    backward."""
     spent: dict[str, float] = defaultdict(float)
-    open_ranges: dict[Any, list[Event]] = defaultdict(list)
+    open_ranges = _OpenRanges()
     for event in ranges:
-        stack = open_ranges[event["tid"]]
-        while stack and _end(stack[-1]) <= event["ts"]:
-            stack.pop()
-        if stack:
-            spent[stack[-1]["name"]] -= event["dur"]
-            if stack[-1]["name"].endswith(" backward"):
+        outer = open_ranges.around(event)
+        if outer is not None:
+            spent[outer["name"]] -= event["dur"]
+            if outer["name"].endswith(" backward"):
                 event = event | {"name": f"{event['name'].removesuffix(' backward')} backward"}
         spent[event["name"]] += event["dur"]
-        stack.append(event)
+        open_ranges.open(event)
     return spent
 
 
 def _device_time(events: list[Event], marks: list[Event]) -> dict[str, float]:
-    """Microseconds of the accelerator's kernels by the range in whose forward or backward the host launched them."""
+    """Return the microseconds of the accelerator's kernels, by the range that launched them in forward or backward."""
     renamed = [{**mark, "name": mark["name"].removesuffix(" backward")} for mark in marks]
     launched = {
         event["args"]["External id"]: name
@@ -118,17 +132,17 @@ def _device_time(events: list[Event], marks: list[Event]) -> dict[str, float]:
 
 
 def _of_training(events: list[Event]) -> list[Event]:
-    """The events without what happens inside an evaluation or a save."""
-    beside = [e for e in events if _is_range(e) and e["name"] in BESIDE]
+    """Return the events except those inside an evaluation or a save."""
+    between = [e for e in events if _is_range(e) and e["name"] in BETWEEN_STEPS]
     return [
         e
         for e in events
-        if not any(e is not b and e.get("tid") == b["tid"] and b["ts"] <= e.get("ts", -1) < _end(b) for b in beside)
+        if not any(e is not b and e.get("tid") == b["tid"] and b["ts"] <= e.get("ts", -1) < _end(b) for b in between)
     ]
 
 
 def where_time_goes(events: list[Event], marks: list[Event]) -> list[Share]:
-    """Each range's share of a step, then what is in none of them, then the whole step. Empty without a whole step."""
+    """Return each range's share of a step, then the rest ("other"), then the whole step; empty without a whole step."""
     events, marks = _of_training(events), _of_training(marks)
     steps = [e for e in _complete(events) if e["name"].startswith(STEP) and e.get("cat") == "user_annotation"]
     if not steps:
@@ -148,7 +162,7 @@ def where_time_goes(events: list[Event], marks: list[Event]) -> list[Share]:
 
 
 def as_text(shares: list[Share]) -> str:
-    """The shares as a table of plain text."""
+    """Return the shares as a plain-text table."""
     with_device = any(s.device_ms for s in shares)
     whole = shares[-1].forward_ms or 1.0
     lines = [f"{'ms a step':<12}{'forward':>10}{'backward':>10}{'share':>8}" + ("    device" if with_device else "")]

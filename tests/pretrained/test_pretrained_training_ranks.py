@@ -121,7 +121,7 @@ def start_imported(folder: Path) -> list[tuple[list[str], Tensor, list[str]]]:
     found = []
     for mode in ("auto", "recentre"):
         run = runs.start(load_config(folder / "new.toml", ["run.resume=true", f"balance.mode='{mode}'"], world_size=2))
-        found.append((run.balancer.modes, run.balancer.bias_LE, run.notes))
+        found.append((run.balancer.modes, run.balancer.bias_LE, run.messages))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a dry run against models that are really built and tokens that are really routed."""
+"""The sizes of a dry run against those of built models and routed tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
 def test_remote_ranks_is_the_mean_over_all_choices(num_experts: int, top_k: int, ep_degree: int) -> None:
     local = num_experts // ep_degree
     choices = list(combinations(range(num_experts), top_k))
-    # Seen from rank 0: which other ranks the chosen experts live on.
+    # Seen from rank 0: the other ranks that hold the chosen experts.
     mean = sum(len({e // local for e in chosen} - {0}) for chosen in choices) / len(choices)
     assert remote_ranks(num_experts, top_k, ep_degree) == pytest.approx(mean)
 

@@ -26,7 +26,7 @@ from alfb_dist.training.run import start
 
 
 def run(folder: str, settings: Sequence[str], signal_at: int | None = None) -> int:
-    """Train; SIGTERM comes to rank 1 during the given step."""
+    """Train, with SIGTERM to rank 1 during the given step."""
     if signal_at is not None and dist.get_rank() == 1:
         inner, calls = loop.forward_backward_step, []
 
@@ -61,7 +61,7 @@ def test_a_run_stopped_by_a_signal_to_one_rank_resumes_to_the_bit(
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of all tensors with memory that operations make within it."""
+    """A context that records the shapes of all tensors with memory that operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Shapes(TorchDispatchMode):
 
 
 def shapes_of_build(folder: str, settings: Sequence[str]) -> tuple[set[tuple[int, ...]], dict[str, Tensor]]:
-    """The shapes that building the model of a run made, and the model's tensors as the run starts."""
+    """Return the shapes made while a run's model is built, and the model's tensors when the run starts."""
     inner, shapes = runs.build_model, Shapes()
 
     def build(*arguments: Any, **more: Any) -> Any:
@@ -88,7 +88,7 @@ def shapes_of_build(folder: str, settings: Sequence[str]) -> tuple[set[tuple[int
 
 
 def whole_shapes(tensors: dict[str, Tensor]) -> set[tuple[int, ...]]:
-    """The shapes of expert tensors before they are cut over two ranks."""
+    """Return the shapes of expert tensors before they are sharded over two ranks."""
     return {(2 * x.shape[0], *x.shape[1:]) for name, x in tensors.items() if ".experts." in name}
 
 
@@ -118,21 +118,19 @@ def test_resuming_a_finished_run_is_done_at_once(ranks: Any, tmp_path: Path) -> 
 
 def resumed_over(folder: str, settings: Sequence[str]) -> tuple[list[str], int]:
     run_ = start(config_of(Path(folder), *settings, "run.resume=true"))
-    return run_.notes, run_.first_step
+    return run_.messages, run_.first_step
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told_and_changed_settings_are_named(
-    ranks: Any, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named_and_so_are_changed_settings(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, run, str(tmp_path), ("train.steps=4", "train.checkpoint_interval=2")) == [DONE, DONE]
     saves = tmp_path / "runs" / "test" / "checkpoints"
     damage(saves / "step-00000004")
-    for notes, first_step in ranks(2, resumed_over, str(tmp_path), ("train.steps=4", "optimizer.lr=0.5")):
+    for messages, first_step in ranks(2, resumed_over, str(tmp_path), ("train.steps=4", "optimizer.lr=0.5")):
         assert first_step == 2
-        assert "passed over a checkpoint" in notes[0]
-        assert "step-00000004" in notes[0]
-        assert notes[1] == "resumed from step-00000002"
-        assert "changed since: optimizer.lr was 0.003, is 0.5" in notes
+        assert "skipped a damaged checkpoint" in messages[0]
+        assert "step-00000004" in messages[0]
+        assert messages[1] == "resumed from step-00000002"
+        assert "changed since the last start: optimizer.lr was 0.003, is 0.5" in messages
 
 
 def damage(save: Path) -> None:
@@ -181,7 +179,7 @@ def test_resume_without_a_run_starts_one(ranks: Any, tmp_path: Path) -> None:
 
 
 def padded_loss(folder: str, source: str) -> dict[str, float]:
-    """One step's loss as reported, and the mean over all targets of the global batch, worked out one by one."""
+    """Return a step's reported loss, and the mean over all targets of the global batch, computed one by one."""
     run_ = start(config_of(Path(folder), "data.layout='padded'", "train.micro_batch=1", source))
     total, targets = 0.0, 0
     for rank in range(2):
@@ -221,7 +219,7 @@ def test_padded_loss_is_the_mean_over_targets_of_all_ranks_and_padding_counts_no
 
 
 def evaluated(folder: str) -> dict[str, Any]:
-    """The validation record at one and at another micro-batch, and whether training counters noticed."""
+    """Return the validation record and loads at two micro-batch sizes. Asserts that no training load is counted."""
     found = {}
     for micro_batch in (1, 4):
         settings = (f"train.micro_batch={micro_batch}", "train.eval_sequences=7", f"run.name='m{micro_batch}'")
@@ -262,6 +260,6 @@ def test_a_run_that_only_skips_ends_with_the_reason(ranks: Any, tmp_path: Path) 
         assert "3 steps in a row were skipped" in message
 
 
-def test_what_is_done_at_an_interval_is_also_done_at_the_end() -> None:
+def test_an_action_at_an_interval_is_also_due_at_the_end() -> None:
     assert [step for step in range(1, 8) if loop.due(step, 3, step == 7)] == [3, 6, 7]
     assert [step for step in range(1, 8) if loop.due(step, 0, step == 7)] == [7]

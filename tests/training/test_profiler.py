@@ -1,4 +1,4 @@
-"""Ranges of a trace: which node of a backward belongs to which, own times; and nothing is done without a profiler."""
+"""Ranges of a trace: the nodes of the backward that belong to each, their own times; no cost without a profiler."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_node_of_the_backward_belongs_to_the_range_of_its_operation() -> None:
     ]
 
 
-def test_a_number_that_comes_again_means_the_newest_operation() -> None:
+def test_a_sequence_number_used_again_means_the_newest_operation() -> None:
     again = [mark("combine", 500, 20), event("aten::add", 505, 2, 2), event(f"{NODE}AddBackward0", 600, 7, 2, tid=2)]
     assert [m["name"] for m in mark_backward([*STEP, *again])][-1] == "combine backward"
 
@@ -72,7 +72,7 @@ def test_the_shares_are_own_times_and_add_up_to_the_step() -> None:
     assert shares["other"].forward_ms == pytest.approx(0.75)
 
 
-def test_accumulating_a_gradient_parts_a_range() -> None:
+def test_accumulating_a_gradient_splits_a_range() -> None:
     late = [
         event(f"{NODE}torch::autograd::AccumulateGrad", 440, 9, tid=2),
         event(f"{NODE}TBackward0", 449, 1, 1, tid=2),
@@ -92,8 +92,8 @@ def test_two_steps_are_averaged() -> None:
 
 
 def test_ranges_of_an_evaluation_are_not_the_steps() -> None:
-    beside = [mark("evaluate", 600, 200), mark("route", 610, 30), mark("experts", 650, 30)]
-    shares = {s.name: s for s in where_time_goes([*STEP, *beside], mark_backward(STEP))}
+    between = [mark("evaluate", 600, 200), mark("route", 610, 30), mark("experts", 650, 30)]
+    shares = {s.name: s for s in where_time_goes([*STEP, *between], mark_backward(STEP))}
     assert shares["evaluate"].forward_ms == pytest.approx(0.2)
     assert shares["route"].forward_ms == pytest.approx(0.02)
 
@@ -121,7 +121,7 @@ def test_kernels_count_for_the_range_that_launched_them() -> None:
     assert "device" in as_text(list(shares.values()))
 
 
-def test_no_whole_step_no_table() -> None:
+def test_without_a_whole_step_there_are_no_shares() -> None:
     assert where_time_goes(STEP[1:], []) == []
 
 
@@ -141,7 +141,7 @@ def test_without_a_profiler_a_span_is_nothing() -> None:
 
 
 class Block(nn.Module):
-    """A block as families have it, as far as the ranges go."""
+    """A block with a range of its own and shared experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,9 +154,9 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("steps", [2, 7])
-def test_a_recorder_writes_a_trace_with_both_directions_and_tells(steps: int, tmp_path: Path) -> None:
-    model, told = Block(), []
-    with open_recorder(tmp_path / "run", 3, 4, steps, model, told.append) as recorder:
+def test_a_recorder_writes_a_trace_with_both_directions_and_reports_it(steps: int, tmp_path: Path) -> None:
+    model, reported = Block(), []
+    with open_recorder(tmp_path / "run", 3, 4, steps, model, reported.append) as recorder:
         for _ in range(steps):
             model(torch.ones(2, 4, requires_grad=True)).sum().backward()
             recorder.step()
@@ -167,8 +167,8 @@ def test_a_recorder_writes_a_trace_with_both_directions_and_tells(steps: int, tm
     for name in ("route", "shared", "route backward"):
         assert names.count(name) == active, name
     assert "shared backward" in names
-    assert len(told) == 1
-    assert "shared" in told[0] and str(file) in told[0]
+    assert len(reported) == 1
+    assert "shared" in reported[0] and str(file) in reported[0]
 
 
 def test_other_ranks_record_nothing(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["shared_experts", "shared_expert", "shared_mlp"])
-def test_only_shared_experts_are_hooked_under_each_of_their_names(name: str) -> None:
+def test_only_shared_experts_are_hooked(name: str) -> None:
     block = nn.ModuleDict({name: nn.ModuleDict({"up_proj": nn.Linear(4, 4)}), "gate": nn.Linear(4, 4)})
     model = nn.ModuleDict({"mlp": block, "head": nn.Linear(4, 4)})
     mark_shared_experts(model)

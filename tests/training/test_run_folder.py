@@ -1,4 +1,4 @@
-"""Run folders: never twice the same, and the last one found again."""
+"""Directories of runs: always new, and the last one of a name is found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alfb_dist.training.run_folder import describe_run, last_run_folder, new_run
 TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
 
 
-def test_a_second_run_is_a_new_folder(tmp_path: Path) -> None:
+def test_a_second_run_gets_a_new_directory(tmp_path: Path) -> None:
     made = [new_run_folder(tmp_path / "runs", "demo") for _ in range(3)]
     assert [folder.name for folder in made] == ["demo", "demo-2", "demo-3"]
 

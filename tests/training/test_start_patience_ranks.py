@@ -1,4 +1,4 @@
-"""Until training begins ranks wait for each other longer than in training, however the model of the run is made."""
+"""Until training begins, ranks wait for each other with a longer timeout, wherever the run's model is from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUNS = {
 
 
 def timeouts(folder: str, *settings: str) -> tuple[set[float], set[float]]:
-    """The timeouts of the groups that are made while the run is built, and of all groups once it stands."""
+    """Return the timeouts of the groups made while the run is built, and of all groups when it starts."""
     made, inner = [], dist.new_group
 
     def new_group(*arguments: Any, **options: Any) -> Any:
@@ -43,7 +43,7 @@ def saved(folder: str) -> int:
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_groups_have_the_start_up_patience_until_the_run_stands(ranks: Any, tmp_path: Path, kind: str) -> None:
+def test_groups_have_the_start_up_timeout_until_the_run_starts(ranks: Any, tmp_path: Path, kind: str) -> None:
     tiny_model(1, vocab_size=320).save_pretrained(tmp_path / "released")
     if kind == "resumed":
         ranks(2, saved, str(tmp_path))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 
 def batch(padded: bool = True) -> dict[str, Tensor]:
-    """All sequences, in order; each second one ends in padding."""
+    """Return all sequences in order; every second one ends in padding."""
     return tiny_batch(7, SEQUENCES, POSITIONS, padding=[0, 2] * (SEQUENCES // 2) if padded else None)
 
 
@@ -39,7 +39,7 @@ def start_model() -> nn.Module:
 
 
 class InOrderTrainer(Trainer):
-    """Takes the sequences in their order, so that a plain loop can follow."""
+    """Takes the sequences in their order, as the plain loop does."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -75,14 +75,14 @@ def trainer(folder: Path, *callbacks: Any, model: nn.Module | None = None, **ove
 
 
 def plain_loop(steps: int = STEPS, rate: float = RATE) -> list[dict[str, Tensor]]:
-    """The same training by hand, with the loss per predicted token of the step."""
+    """Return the steps of the same training by hand, with the mean loss per predicted token of a step."""
     model, cut = start_model(), [slice(PER_STEP * step, PER_STEP * (step + 1)) for step in range(steps)]
     parts = [{name: x[one] for name, x in batch().items()} for one in cut]
     return [plain_step(model, now, learning_rate=LEARNING_RATE, rate=rate) for now in parts]
 
 
 class Watching(TrainerCallback):
-    """What wandb's callback would see, and the biases after each step. Given before BalanceCallback."""
+    """Records what wandb's callback would see, and the biases after each step. Added before BalanceCallback."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, Any]] = []
@@ -120,9 +120,9 @@ def test_reporting_callbacks_and_history_see_the_balance(tmp_path: Path) -> None
     run.train()
     expected = [float(alfb_dist.max_violation(seen["load"]).mean()) for seen in plain_loop()]
     for logs in (watching.logs, run.state.log_history):
-        told = [log for log in logs if "max_violation_batch" in log]
-        assert [log["max_violation_batch"] for log in told] == expected
-        assert all("loss" in log and {"bias_range", "dead_experts"} <= set(log) for log in told)
+        balanced = [log for log in logs if "max_violation_batch" in log]
+        assert [log["max_violation_batch"] for log in balanced] == expected
+        assert all("loss" in log and {"bias_range", "dead_experts"} <= set(log) for log in balanced)
     names = [type(c).__name__ for c in run.callback_handler.callbacks]
     assert names[:2] == ["DefaultFlowCallback", "BalanceCallback"] and len(set(names)) == len(names)
 
@@ -153,7 +153,7 @@ def test_resumed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, restore
     assert saved["args"] == {**given, "centered": False} and saved["attributes"]["saved"]["num_steps"] == 2
 
 
-def test_second_training_starts_the_schedule_anew(tmp_path: Path) -> None:
+def test_second_training_restarts_the_schedule(tmp_path: Path) -> None:
     callback = BalanceCallback(rate=RATE)
     run = trainer(tmp_path, callback, max_steps=2)
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_second_training_starts_the_schedule_anew(tmp_path: Path) -> None:
 
 
 def test_skipped_optimizer_step_drops_its_loads(tmp_path: Path) -> None:
-    """accelerate's optimizer says so after a gradient overflow under AMP, and DeepSpeed's by way of accelerate."""
+    """accelerate's optimizer has step_was_skipped set after a gradient overflow under AMP, DeepSpeed's too."""
     callback, watching, seen = BalanceCallback(rate=RATE), Watching(), []
 
     class Skips(TrainerCallback):
@@ -215,7 +215,7 @@ def test_argument_that_is_not_valid_is_refused_at_once(given: dict[str, Any], te
 
 
 def test_copies_of_the_model_in_one_process_are_refused(tmp_path: Path) -> None:
-    """Trainer takes torch.nn.DataParallel for several GPUs in one process."""
+    """Trainer uses torch.nn.DataParallel for several GPUs in one process."""
     given = arguments(tmp_path)
     given._n_gpu = 2
     with pytest.raises(ValueError, match="one process with 2 GPUs"):

@@ -1,4 +1,4 @@
-"""BalanceCallback over families that differ in where their bias is and how they choose: loads told by the gates."""
+"""BalanceCallback over families that differ in where their bias is and how they route, against the gates' ids."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KINDS = {
     "minimax_m2": "bias in the block, the family's own routing",
     "lfm2_moe": "bias in the block under another name",
     "longcat_flash": "experts without weights, gate named router",
-    "deepseek_v4": "a layer without a bias beside one with",
+    "deepseek_v4": "a layer without a bias and one with a bias",
     "nemotron_h": "blocks without attention, groups",
     "qwen3_moe": "no bias, routing is ours",
     "mixtral": "no bias, the family's own routing",
     "gpt_oss": "no bias, ranks logits, softmax over the chosen",
-    "gemma4_text": "no bias, gate beside the MLP",
+    "gemma4_text": "no bias, gate outside the MLP",
     "llama4_text": "no bias, scores for all experts",
 }
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 
 def rows() -> tuple[list[dict[str, Tensor]], Tensor]:
-    """The sequences, every third ending in two of padding, and which of their tokens are none (B, S)."""
+    """Return the sequences, every third of which ends in two of padding, and the mask of their tokens (B, S)."""
     mask_BS = torch.ones(SEQUENCES, POSITIONS, dtype=torch.int64)
     mask_BS[::3, -2:] = 0
     given = batch(7, SEQUENCES, POSITIONS)
@@ -43,8 +43,8 @@ def rows() -> tuple[list[dict[str, Tensor]], Tensor]:
     return [{name: x[i] for name, x in given.items()} for i in range(SEQUENCES)], mask_BS.bool()
 
 
-class Told(TrainerCallback):
-    """What each gate gave out in training forwards, step by step, and the biases after each step."""
+class Recorded(TrainerCallback):
+    """Records the expert ids of each gate in training forwards, step by step, and the biases after each step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.steps: list[list[list[Tensor]]] = []
@@ -56,13 +56,13 @@ class Told(TrainerCallback):
             block.gate.register_forward_hook(self.hook(self.ids[-1]))
 
     def hook(self, ids: list[Tensor]) -> Any:
-        def note(gate: nn.Module, _: Any, output: Any) -> None:
+        def record(gate: nn.Module, _: Any, output: Any) -> None:
             if gate.training and torch.is_grad_enabled():
                 ids.append(logits_weights_ids(output)[2])
             else:
                 self.evaluations += 1
 
-        return note
+        return record
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.biases.append([bias.detach().flatten().clone() for bias in biases(model)])
@@ -80,23 +80,23 @@ def test_bias_is_what_the_rule_makes_of_what_the_gates_chose(tmp_path: Path, fam
     run = InOrderTrainer(
         model, arguments(tmp_path, max_steps=STEPS), train_dataset=data, eval_dataset=data[:3], callbacks=[callback]
     )
-    told, expected = Told(model), [bias.detach().flatten().clone().numpy() for bias in biases(model)]
+    recorded, expected = Recorded(model), [bias.detach().flatten().clone().numpy() for bias in biases(model)]
     start = expected
-    run.add_callback(told)
+    run.add_callback(recorded)
     run.train()
-    for step, (by_layer, found) in enumerate(zip(told.steps, told.biases, strict=True)):
+    for step, (by_layer, found) in enumerate(zip(recorded.steps, recorded.biases, strict=True)):
         mask = mask_BS[PER_STEP * step : PER_STEP * (step + 1)]
         loads = [counted(ids, mask, len(bias)) for ids, bias in zip(by_layer, expected, strict=True)]
         expected = [moved(bias, load, RATE) for bias, load in zip(expected, loads, strict=True)]
         for bias, now in zip(expected, found, strict=True):
             assert same_bits(bias, now)
     assert callback.balancer is not None and callback.balancer.load_LE.tolist() == loads
-    assert len(told.steps) == STEPS and told.evaluations > 0 and len(start) > 0
+    assert len(recorded.steps) == STEPS and recorded.evaluations > 0 and len(start) > 0
     assert not any(same_bits(a, b) for a, b in zip(start, expected, strict=True))
 
 
 def test_resumed_training_gets_back_experts_under_the_names_of_a_release(tmp_path: Path) -> None:
-    """transformers saves Granite's fused experts as input_linear and output_linear, and does not load them so."""
+    """transformers saves Granite's fused experts as input_linear and output_linear, and cannot load these."""
     data, _ = rows()
     made = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "max_steps": STEPS}
     seen = []

@@ -89,7 +89,7 @@ def test_bias_equals_a_plain_loops_on_deepspeed_with_autoep(ranks: Callable[...,
 
 
 def resume_without_native_bias(folder: Path) -> list[torch.Tensor]:
-    """The biases after a training in one go, and after one that goes on from its checkpoint."""
+    """Return the biases after a whole training, and after one resumed from its checkpoint."""
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
@@ -108,7 +108,7 @@ def resume_without_native_bias(folder: Path) -> list[torch.Tensor]:
     return seen
 
 
-def test_training_on_autoep_resumes_with_a_bias_that_the_family_has_not(
+def test_training_on_autoep_resumes_with_a_bias_that_the_family_lacks(
     ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     for straight, resumed in ranks(2, resume_without_native_bias, tmp_path):

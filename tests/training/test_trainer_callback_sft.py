@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows() -> Dataset:
-    """Tokenised sequences of which the first half is a prompt."""
+    """Return tokenised sequences whose first half is a prompt."""
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 61, (n,), generator=generator).tolist() for n in LENGTHS]
     labels = [[-100 if i < len(x) // 2 else token for i, token in enumerate(x)] for x in ids]
@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")  # trl, of attention that does not tell sequences apart
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")  # trl: this attention mixes packed sequences
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_real_token_counts_once_prompts_too(tmp_path: Path, variant: str) -> None:
     trainer, callback = fine_tuned(tmp_path, tiny_model(3), **VARIANTS[variant])
