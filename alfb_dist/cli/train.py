@@ -12,7 +12,7 @@ import psutil
 
 from alfb_dist.cli.parser import Subcommands, launched_world
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
-from alfb_dist.distributed.launch.control_channel import Lifeline
+from alfb_dist.distributed.launch.control_channel import ControlClient
 from alfb_dist.distributed.launch.parents import launchers, watch
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
 
@@ -78,24 +78,24 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         code = _run(read_config(arguments, world_size), lifeline, profile=arguments.profile)
     except ConfigError:
-        lifeline.tell(code=BAD_CONFIG)
+        lifeline.send(code=BAD_CONFIG)
         raise
     except Exception:
-        lifeline.tell(code=FAILED)
-        if not lifeline.reached():  # mpirun's daemon on a host that is cut off would wait for it
+        lifeline.send(code=FAILED)
+        if not lifeline.is_reachable():  # mpirun's daemon on a host that is cut off would wait for it
             for launcher in launchers():
                 with contextlib.suppress(psutil.Error):  # another rank has ended it
                     launcher.terminate()
         raise
-    lifeline.tell(code=code)
+    lifeline.send(code=code)
     return code
 
 
-def _run(config: Config, lifeline: Lifeline, *, profile: bool) -> int:
+def _run(config: Config, lifeline: ControlClient, *, profile: bool) -> int:
     """The run has ended with this exit code. The process's signals ask it to stop, from here to the process's end."""
 
     def nothing_to_save() -> None:
-        lifeline.tell(code=PREEMPTED)
+        lifeline.send(code=PREEMPTED)
         os._exit(PREEMPTED)
 
     stop = StopSignals(before_start=nothing_to_save)
@@ -106,15 +106,15 @@ def _run(config: Config, lifeline: Lifeline, *, profile: bool) -> int:
     from alfb_dist.training.loop import train
 
     def started(run: Any) -> None:
-        lifeline.tell(folder=str(run.folder))
+        lifeline.send(folder=str(run.folder))
         stop.start()
 
     return train(config, stop, started, profile=profile)
 
 
-def _connect(address: str, rank: int) -> Lifeline:
+def _connect(address: str, rank: int) -> ControlClient:
     try:
-        return Lifeline(address, rank)
+        return ControlClient(address, rank)
     except OSError as error:
         host, port, _ = address.rsplit(":", 2)
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Every collective of the package. Each takes its group; no other file calls torch.distributed's collectives.
+"""Every collective of the package, each with its group. No other file calls torch.distributed's collectives.
 
-A group of None is this process alone, where torch.distributed is not up.
+A group of None is this process alone, without torch.distributed.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ Group = ProcessGroup | None
 
 
 def size(group: Group) -> int:
-    """How many ranks the group has."""
+    """Return the number of ranks in the group."""
     return 1 if group is None else group.size()
 
 
 def group_rank(group: Group) -> int:
-    """This process's rank in the group."""
+    """Return this process's rank in the group."""
     return 0 if group is None else group.rank()
 
 
 def world_group() -> Group:
-    """The group of all ranks, or None where torch.distributed is not up."""
+    """Return the group of all ranks, None without torch.distributed."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def start_distributed(backend: str, timeout_seconds: float) -> None:
-    """Meet all ranks, as the environment names them; collective. Raises torch.distributed.DistError without them."""
+    """Start torch.distributed, as the environment sets it up; collective over all ranks.
+
+    Raises torch.distributed.DistError if they do not meet within the timeout.
+    """
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
 
 
 def end_distributed() -> None:
-    """Wait for all ranks, and end torch.distributed; collective."""
+    """Wait for all ranks and end torch.distributed; collective."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -52,7 +55,7 @@ def new_groups(ranks_by_group: Iterable[list[int]], timeout_seconds: float) -> l
 
 
 def all_sum(x: Tensor, group: Group) -> Tensor:
-    """The sum of x over the group's ranks, a new tensor; collective."""
+    """Return the sum of x over the group's ranks, a new tensor; collective."""
     total = x.clone()
     if group is not None and group.size() > 1:
         dist.all_reduce(total, group=group)
@@ -60,45 +63,45 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
 
 
 def all_max(x: Tensor, group: Group) -> Tensor:
-    """The elementwise maximum of x over the group's ranks, a new tensor; collective."""
-    top = x.clone()
+    """Return the elementwise maximum of x over the group's ranks, a new tensor; collective."""
+    maximum = x.clone()
     if group is not None and group.size() > 1:
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    return top
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    return maximum
 
 
 def all_equal(x: Tensor, group: Group) -> bool:
-    """Whether x has the same bits on every rank of the group; collective."""
-    bits = x.detach().contiguous().flatten().view(torch.uint8).to(torch.int32)  # a type of every backend
+    """Return whether x has the same bits on every rank of the group; collective."""
+    bits = x.detach().contiguous().flatten().view(torch.uint8).to(torch.int32)  # a type that every backend supports
     extremes = all_max(torch.cat([bits, -bits]), group)
     return bool((extremes[: bits.numel()] == -extremes[bits.numel() :]).all())
 
 
 def broadcast_(x: Tensor, group: Group) -> None:
-    """x holds what the group's first rank had; in place, collective."""
+    """Copy the x of the group's first rank into x; in place, collective."""
     if group is not None and group.size() > 1:
         dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
 
 
 def known_groups() -> set[ProcessGroup]:
-    """Every group that this process has made or takes part in."""
+    """Return every group that this process belongs to."""
     return set(dist.distributed_c10d._world.pg_map) if dist.is_available() and dist.is_initialized() else set()
 
 
 def set_timeouts(seconds: float, groups: Iterable[ProcessGroup]) -> None:
-    """An exchange in these groups waits at most so long. Groups made without a timeout would wait 30 minutes."""
+    """Set the timeout of exchanges in these groups; without it torch waits 30 minutes."""
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def timeout_seconds(group: ProcessGroup, device: torch.device) -> float:
-    """How long an exchange in this group waits."""
+    """Return the timeout of exchanges in this group."""
     seconds: float = group._get_backend(device).options._timeout.total_seconds()
     return seconds
 
 
 def broadcast_object(value: Any, group: Group) -> Any:
-    """The first rank's value (any plain object) on every rank; collective."""
+    """Return the first rank's value, a plain object, on every rank; collective."""
     box = [value]
     if group is not None and group.size() > 1:
         dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
@@ -106,7 +109,7 @@ def broadcast_object(value: Any, group: Group) -> Any:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any] | None:
-    """Each rank's value (any plain object) in rank order on the group's first rank, None on the others; collective."""
+    """Return each rank's value, a plain object, in rank order on the first rank, and None on the others; collective."""
     if group is None or group.size() == 1:
         return [value]
     gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
@@ -115,13 +118,13 @@ def gather_objects(value: Any, group: Group) -> list[Any] | None:
 
 
 def share_objects(value: Any, group: Group) -> list[Any]:
-    """Each rank's value (any plain object) in rank order, on every rank; collective."""
+    """Return each rank's value, a plain object, in rank order on every rank; collective."""
     shared: list[Any] = broadcast_object(gather_objects(value, group), group)
     return shared
 
 
 def barrier(group: Group) -> None:
-    """Every rank of the group has come here; collective."""
+    """Wait for every rank of the group; collective."""
     if group is not None and group.size() > 1:
         dist.barrier(group=group)
 
@@ -139,7 +142,7 @@ def exchange_numbers(numbers: Sequence[Sequence[int]], group: ProcessGroup, devi
 
 
 def all_gather_numbers(numbers: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
-    """Each rank's numbers (int64, equally many), in rank order; collective."""
+    """Return each rank's numbers (int64, as many on every rank) in rank order; collective."""
     gathered = torch.zeros(group.size(), len(numbers), dtype=torch.int64, device=device)
     gathered[group.rank()] = torch.tensor(numbers)
     dist.all_reduce(gathered, group=group)

@@ -50,7 +50,7 @@ def train(
                 batch = next_batch(run, step)
             part = forward_backward_step(run, batch)
             run.balancer.step()
-            loss, stopping = agree(run, part, signals.asked)
+            loss, stopping = agree(run, part, signals.requested)
             report(run, step, batch, loss, lr, time.perf_counter() - begun)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):
