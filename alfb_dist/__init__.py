@@ -10,6 +10,8 @@ Shape suffixes, used all over the package:
 from __future__ import annotations
 
 import importlib
+from importlib.machinery import PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -48,10 +50,30 @@ if TYPE_CHECKING:
     from alfb_dist.training.trainer_callback import BalanceCallback
 
 
+class _WithoutCpu(ModuleType):
+    """Stands in for `cpu` where its directory is missing: every function returns None, as where it does not apply."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+def _import_cpu() -> ModuleType:
+    # Looked for in this package's own directory: an editable installation elsewhere is not meant.
+    spec = PathFinder.find_spec("alfb_dist.cpu", __path__)
+    if spec is None or spec.origin is None:
+        globals()["cpu"] = _WithoutCpu("alfb_dist.cpu")
+        return globals()["cpu"]
+    return importlib.import_module("alfb_dist.cpu")
+
+
 def __getattr__(name: str) -> Any:
-    """Public names are imported on first use, so that `import alfb_dist` and the command line start without torch."""
+    """Import public names on first use, so that `import alfb_dist` and the command line start without torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"alfb_dist.{_HOMES[name]}"), name)
+    if name == "cpu":  # Python asks here before it imports the package
+        return _import_cpu()
     raise AttributeError(f"module 'alfb_dist' has no attribute {name!r}")
 
 

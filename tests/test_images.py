@@ -1,4 +1,4 @@
-"""The images: what the files that describe them say and, where ALFB_IMAGE names a built one, how it runs.
+"""The files that describe the images and, if ALFB_IMAGE names a built one, how it runs.
 
 `make image-test` builds the image and runs all of this.
 """
@@ -28,7 +28,7 @@ needs_image = pytest.mark.skipif("ALFB_IMAGE" not in os.environ, reason="`make i
 
 
 def stages() -> dict[str, list[str]]:
-    """The instructions of each stage of the Dockerfile by its name, FROM first, comments left out."""
+    """The instructions of each stage of the Dockerfile by its name, FROM first, without comments."""
     text = (ROOT / "docker" / "Dockerfile").read_text()
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     instructions = "\n".join(lines).replace("\\\n", " ").splitlines()
@@ -42,14 +42,14 @@ def stages() -> dict[str, list[str]]:
 
 
 def lineage(name: str) -> list[str]:
-    """The instructions whose files are in a stage: its own, and those of the stages that it starts from."""
+    """The instructions of a stage and of the stages that it starts from."""
     known = stages()
     source = known[name][0].split()[1]
     return (lineage(source) if source in known else []) + known[name]
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_image_has_an_init_and_a_user_without_privileges(target: str) -> None:
+def test_image_has_an_init_and_an_unprivileged_user(target: str) -> None:
     own = stages()[target]
     users = [line.split()[1] for line in own if line.startswith("USER ")]
     assert users == ["1000:1000"]
@@ -63,7 +63,7 @@ def test_cpu_image_gets_no_compiler_and_cuda_one_for_triton() -> None:
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_sources_come_after_dependencies(target: str) -> None:
-    """A change of the sources leaves the layers of the dependencies as they are."""
+    """Changed sources do not invalidate the layers of the dependencies."""
     environment = "\n".join(lineage(f"{target}-environment"))
     assert "alfb_dist" not in environment and "COPY pyproject.toml" in environment
     own = stages()[target]
@@ -84,7 +84,7 @@ def test_requirements_are_those_of_pyproject(names: tuple[str, ...]) -> None:
     assert done.stdout.splitlines() == [w for w in wanted if not names or w.startswith("torch>")]
 
 
-def test_only_what_is_named_reaches_a_build() -> None:
+def test_build_context_holds_only_the_named_files() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert lines[0] == "*"
     copied = {word for stage in stages().values() for line in stage for word in line.split()[1:-1] if "COPY" in line}
@@ -99,20 +99,20 @@ FAKES = {
 }
 
 
-def test_build_removes_what_it_made_and_nothing_else(tmp_path: Path) -> None:
-    """The folder with wheels is the last that the script names before it ends."""
-    for folder in ("bin", "wheels", "aside"):
-        (tmp_path / folder).mkdir()
+def test_build_removes_only_what_it_created(tmp_path: Path) -> None:
+    """The directory with wheels, which the script names last, must stay."""
+    for directory in ("bin", "wheels", "temporary"):
+        (tmp_path / directory).mkdir()
     for name, script in FAKES.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "wheels" / "torch.whl").touch()
-    settings = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "aside")}
+    settings = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "temporary")}
     settings |= {"PIP_FIND_LINKS": str(tmp_path / "wheels"), "LOG": str(tmp_path / "log")}
     environment = {name: value for name, value in os.environ.items() if name != "BASE"} | settings
     subprocess.run([ROOT / "docker" / "build.sh", "cpu"], env=environment, check=True, timeout=60)
     assert (tmp_path / "wheels" / "torch.whl").exists()
-    assert list((tmp_path / "aside").iterdir()) == []
+    assert list((tmp_path / "temporary").iterdir()) == []
     *_, build = (tmp_path / "log").read_text().splitlines()
     assert build.startswith("bud ") and f"--volume {tmp_path}/wheels:{tmp_path}/wheels:ro" in build
 
@@ -153,8 +153,10 @@ def test_image_holds_no_compiler_and_no_secret(image: Container, hosts: Path) ->
     for name in ("gcc", "g++", "cc", "c++", "clang", "ld", "as"):
         assert image.run(["sh", "-c", f"command -v {name}"], hosts, entry=False)[0] != 0, name
     assert not [pair for pair in image.config["Env"] if re.search("KEY|TOKEN|SECRET|PASSWORD", pair.split("=")[0])]
-    folders = [str(image.root / folder) for folder in ("home", "root", "etc")]
-    private = subprocess.run(["grep", "-rlI", "PRIVATE KEY-", *folders], capture_output=True, text=True, check=False)
+    directories = [str(image.root / name) for name in ("home", "root", "etc")]
+    private = subprocess.run(
+        ["grep", "-rlI", "PRIVATE KEY-", *directories], capture_output=True, text=True, check=False
+    )
     assert private.stdout == ""
     python = ["python", "-c", "import torch; print(torch.version.cuda)"]
     assert image.run(python, hosts, entry=False) == (0, "None\n")
@@ -170,7 +172,7 @@ def test_image_trains_on_two_ranks_through_the_deepspeed_launcher(image: Contain
 
 
 @needs_image
-def test_term_to_process_1_ends_in_a_save_and_exit_code_75(image: Container, hosts: Path) -> None:
+def test_term_to_process_1_saves_a_checkpoint_and_exits_with_75(image: Container, hosts: Path) -> None:
     settings = ["train.steps=100000", "train.checkpoint_interval=0", "run.name=long"]
     words = ["launch", "configs/test.toml", "--ranks", "2", *(word for s in settings for word in ("--set", s))]
     process = image.start(words, hosts)
@@ -188,7 +190,7 @@ def test_term_to_process_1_ends_in_a_save_and_exit_code_75(image: Container, hos
 
 
 @needs_image
-def test_nodes_of_compose_train_together_and_save_when_one_is_told_to_stop(image: Container, hosts: Path) -> None:
+def test_nodes_of_compose_train_together_and_save_when_one_is_terminated(image: Container, hosts: Path) -> None:
     addresses = [f"10.79.0.{number + 1}" for number in range(2)]
     hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{a} node{i}\n" for i, a in enumerate(addresses)))
     started = [

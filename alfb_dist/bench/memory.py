@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from alfb_dist import cpu
 from alfb_dist.bench.contestants import Run
-from alfb_dist.cpu import allocator as arena
 
 
 def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
@@ -64,15 +64,15 @@ def kept_bytes(run: Run, not_counted: Iterable[Tensor]) -> int:
 def peak_bytes(run: Run) -> int:
     """Return the most bytes that a forward and its backward had allocated at a time, beyond those before.
 
-    The peaks of torch and of the arena are added, an upper bound if they do not fall together.
+    The peaks of torch and of cpu's allocator are added, an upper bound if they do not fall together.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "trace.json")
-        arena.grown()
+        cpu.peak_growth()
         with profile(activities=activities, profile_memory=True) as recorded:
             run.backward(run.forward())
-        in_arena = arena.grown()
+        pooled = cpu.peak_growth() or 0
         recorded.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
@@ -80,4 +80,4 @@ def peak_bytes(run: Run) -> int:
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    return peak + in_arena
+    return peak + pooled

@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved all or nothing, verified before use, loadable at another EP size, DP size and ZeRO stage.
 
-A save is a folder `step-00000100` of safetensors files keyed by global parameter and global expert, small JSON files
-and `manifest.json`. A manifest that verifies is the only sign of a good save; `latest` is a hint for people.
+A save is a directory `step-00000100` of safetensors files keyed by global parameter and global expert, small JSON files
+and `manifest.json`. Only a manifest that verifies makes a save good; `latest` is a hint for people.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported on first use, so that looking at a save does not need torch."""
+    """Import a name on first use, so that inspecting a save does not need torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"alfb_dist.checkpoint.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'alfb_dist.checkpoint' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The `checkpoints/` folder of a run: a save becomes visible in one step, the newest good one is found, old ones go."""
+"""The `checkpoints/` directory of a run: publish a save in one step, find the newest good one, remove old ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alfb_dist.checkpoint import files
 from alfb_dist.checkpoint import manifest as manifests
-from alfb_dist.checkpoint.folder_names import aside, replaced, saves, stale, step_folder
+from alfb_dist.checkpoint.folder_names import replaced, saves, step_folder, temporary, unfinished
 from alfb_dist.checkpoint.verification import size_problems, verify
 
 __all__ = ["SaveError", "newest_good", "prune", "publish", "start", "step_folder"]
@@ -16,36 +16,23 @@ LATEST = "latest"
 
 
 class SaveError(OSError):
-    """A save did not succeed, on every rank alike. Training can go on; earlier saves are as they were."""
+    """A save failed, on every rank alike. Training can go on; earlier saves are unchanged."""
 
 
 def start(path: Path) -> Path:
-    """An empty folder in which the save that will be `path` can be written."""
-    tmp = aside(path)
-    if tmp.exists():
-        files.remove(tmp)
-    files.make_folder(tmp)
-    return tmp
+    """Make an empty directory in which the save `path` can be written."""
+    return files.start_folder(temporary(path))
 
 
 def publish(path: Path) -> None:
-    """The save written beside `path` is there, on the disk; whenever this stops, it or what was there before is."""
-    tmp, old = aside(path), replaced(path)
-    files.sync_folder(tmp)
-    if path.exists():
-        if old.exists():
-            files.remove(old)
-        files.rename(path, old)
-    files.rename(tmp, path)
-    files.sync_folder(path.parent)
-    if old.exists():
-        files.remove(old)
+    """Rename the temporary directory of a save to `path`. Whenever this stops, the old or the new save exists."""
+    files.publish_folder(temporary(path), path, replaced(path))
     with contextlib.suppress(OSError):  # only a hint
         files.replace(path.parent / LATEST, f"{path.name}\n".encode())
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest save that verifies, or None, and why each newer one does not. Reads every byte of what it tries."""
+    """Return the newest save that verifies, or None, and why each newer one does not. Reads every byte of those."""
     skipped: list[str] = []
     for path in saves(folder):
         problems = verify(path)
@@ -56,7 +43,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def _whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         return not size_problems(path, manifests.read(path))
     except ValueError:
@@ -64,21 +51,21 @@ def _whole(path: Path) -> bool:
 
 
 def prune(folder: Path, keep: int, *, known_good: Path | None = None) -> list[Path]:
-    """At most `keep` whole saves are left, the newest, and nothing unfinished; the saves that were removed.
+    """Remove unfinished saves and all complete ones but the newest `keep`; return the complete ones removed.
 
-    No save may be under way. Saves that are not whole stay, to be looked at. One of those kept has verified, or nothing
-    is removed but the unfinished. known_good: a save that stays and need not be verified again, the one just made.
+    Not to be called while a save is written. Damaged saves stay for inspection. No complete save is removed unless one
+    of those kept verifies. known_good: the save just made, which is kept and not verified again.
     Raises ValueError if keep < 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    for path in stale(folder):
+    for path in unfinished(folder):
         files.remove(path)
-    whole = [path for path in saves(folder) if _whole(path)]
-    if len(whole) <= keep or not any(path == known_good or not verify(path) for path in whole[:keep]):
+    complete = [path for path in saves(folder) if _is_complete(path)]
+    if len(complete) <= keep or not any(path == known_good or not verify(path) for path in complete[:keep]):
         return []
-    surplus = [path for path in whole[keep:] if path != known_good]
+    surplus = [path for path in complete[keep:] if path != known_good]
     for path in surplus:
-        files.rename(path, aside(path))  # seen as unfinished from here on
-        files.remove(aside(path))
+        files.rename(path, temporary(path))  # so that an interrupted removal counts as unfinished
+        files.remove(temporary(path))
     return surplus

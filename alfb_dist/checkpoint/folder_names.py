@@ -1,7 +1,7 @@
-"""The names of the folders in a run's `checkpoints/`.
+"""The names of the directories in a run's `checkpoints/`.
 
-`step-00000100` is a finished save, `step-00000100.tmp` one being written or removed, `step-00000100.old` one that a
-newer save of the same step is taking the place of.
+`step-00000100` is a finished save, `step-00000100.tmp` one that is being written or removed, `step-00000100.old` one
+that is being replaced by a newer save of the same step.
 """
 
 from __future__ import annotations
@@ -10,38 +10,38 @@ import re
 from pathlib import Path
 
 _SAVE = re.compile(r"step-(\d{8,})(\.old)?")
-_STALE = re.compile(r"step-\d{8,}\.tmp")
+_UNFINISHED = re.compile(r"step-\d{8,}\.tmp")
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the save of a step lies."""
+    """Return the directory of the save of a step."""
     return folder / f"step-{step:08d}"
 
 
-def aside(path: Path) -> Path:
-    """Where a save is written before it is finished, and put before it is removed."""
+def temporary(path: Path) -> Path:
+    """Return where a save is written until it is finished, and moved before it is removed."""
     return path.with_name(f"{path.name.removesuffix('.old')}.tmp")
 
 
 def replaced(path: Path) -> Path:
-    """Where a save waits while another of the same step takes its place."""
+    """Return where a save is kept while another of the same step replaces it."""
     return path.with_name(f"{path.name}.old")
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a save's name says, or None if it is not the name of a save."""
+    """Return the step in the name of a save; None for another name."""
     match = _SAVE.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def saves(folder: Path) -> list[Path]:
-    """Every folder that may be a finished save, the newest first."""
+    """Return every directory that may be a finished save, the newest first."""
     if not folder.is_dir():
         return []
     found = [(step, path.suffix != ".old", path) for path in folder.iterdir() if (step := step_of(path)) is not None]
     return [path for *_, path in sorted(found, reverse=True) if path.is_dir()]
 
 
-def stale(folder: Path) -> list[Path]:
-    """What saves and removals that did not finish have left."""
-    return [path for path in folder.iterdir() if _STALE.fullmatch(path.name)] if folder.is_dir() else []
+def unfinished(folder: Path) -> list[Path]:
+    """Return what interrupted saves and removals have left."""
+    return [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)] if folder.is_dir() else []

@@ -1,162 +1,120 @@
-"""Whole global tensors on the ranks that write them, put together from the parts that ranks hold; batch by batch."""
+"""Elements of parameters, gathered from the ranks that hold parts of them by the ranks that write them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from alfb_dist.checkpoint.optimizer import Held, elementwise
-from alfb_dist.checkpoint.safetensors_file import DTYPES, Entry
-from alfb_dist.checkpoint.tensors import GlobalTensor
-from alfb_dist.distributed.collectives import (
-    Group,
-    all_to_all_rows,
-    broadcast_object,
-    exchange_row_counts,
-    gather_objects,
-    group_rank,
-)
-
-BATCH_BYTES = 32 << 20
-"""How much of its share a writer is sent at a time; one tensor may be more."""
+from alfb_dist.distributed.collectives import Group, all_to_all_bytes, group_rank, share_objects, size
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor of a save and the rank that writes it."""
-
-    tensor: GlobalTensor
-    kind: str
-    entry: Entry
-    writer: int
-
-
-def items(tensors: Sequence[GlobalTensor], writers: Sequence[int], kinds: dict[str, dict[str, str]]) -> list[Item]:
-    """Every tensor of a save in the order of writing, equal on every rank; wide types before narrow ones.
-
-    kinds: by parameter, the format's name of the type of each kind of tensor there is of it.
-    """
-    found = [
-        Item(tensor, kind, Entry(tensor.key(kind), dtype, tensor.shape), writer)
-        for tensor, writer in zip(tensors, writers)
-        for kind, dtype in kinds[tensor.parameter].items()
-    ]
-    return sorted(found, key=lambda item: -DTYPES[item.entry.dtype][1])
-
-
-def batches(found: Sequence[Item], world_size: int) -> Iterator[list[Item]]:
-    """The items cut into batches in which no writer has more than BATCH_BYTES or one tensor, each writer's in order."""
-    waiting: list[list[Item]] = [[] for _ in range(world_size)]
-    for item in reversed(found):
-        waiting[item.writer].append(item)
-    while any(waiting):
-        batch: list[Item] = []
-        for queue in waiting:
-            size = 0
-            while queue and (size == 0 or size + queue[-1].entry.bytes <= BATCH_BYTES):
-                size += max(queue[-1].entry.bytes, 1)
-                batch.append(queue.pop())
-        yield batch
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Elements start to stop of a global tensor, held by a rank."""
+class Span:
+    """Elements start to stop of a rank's flattened parameter."""
 
     rank: int
     start: int
     stop: int
 
 
+@dataclass(frozen=True)
+class Request:
+    """Elements start to stop of a flattened parameter that a rank writes."""
+
+    writer: int
+    parameter: str
+    kind: str
+    """The weight itself or a state of the optimizer."""
+    position: int | None
+    """The expert-parallel position of the ranks that hold the parameter; None if all ranks do."""
+    start: int
+    stop: int
+    element_bytes: int
+
+
 class Gatherer:
-    """Puts global tensors together from the parts that the ranks hold. Making one is collective."""
+    """Brings elements of parameters from the ranks that hold them to the ranks that write them."""
 
-    def __init__(self, engine: Any, held: dict[str, Held], ep_degree: int, *, split: bool, group: Group) -> None:
-        """split: whether ranks hold fragments of parameters; otherwise writers hold what they write."""
-        self._engine, self._held, self._group = engine, held, group
+    def __init__(
+        self,
+        held: Mapping[str, tuple[int, int]],
+        read: Callable[[Request, int, int], Tensor],
+        ep_degree: int,
+        group: Group,
+        device: torch.device,
+    ) -> None:
+        """Share with all ranks what this one holds; collective.
+
+        held: by parameter, (start, stop) of the elements of the flattened parameter that this rank holds.
+        read: returns elements start to stop, of those that this rank holds, flat. device: of the group's backend.
+        """
+        self._read, self._ep_degree, self._group, self._device = read, ep_degree, group, device
         self._rank = group_rank(group)
-        self._spans: dict[tuple[str, int | None], list[tuple[int, int, int]]] = {}
-        self._split = split and group is not None and group.size() > 1
-        if self._split:
-            mine = {name: (part.start, part.numel) for name, part in held.items() if part.numel}
-            everyone = broadcast_object(gather_objects(mine, group), group)
-            for rank, spans in enumerate(everyone):
-                for name, (start, numel) in spans.items():
-                    for position in (None, rank % ep_degree):
-                        self._spans.setdefault((name, position), []).append((rank, start, start + numel))
+        self._held: list[dict[str, tuple[int, int]]] = share_objects(dict(held), group)
+        self._holders: dict[tuple[str, int | None], list[Span]] = {}
+        for rank, spans in enumerate(self._held):
+            for name, (start, stop) in spans.items():
+                for position in (None, rank % ep_degree):
+                    self._holders.setdefault((name, position), []).append(Span(rank, start, stop))
 
-    def _pieces(self, item: Item) -> list[_Piece]:
-        """Who holds which part of the item's tensor, in order. RuntimeError unless that is each element once."""
-        tensor, found, end = item.tensor, [], 0
-        if self._held[tensor.parameter].group is None:
-            return [_Piece(item.writer, 0, tensor.numel)]  # frozen: every rank has the whole
-        for rank, start, stop in self._spans.get((tensor.parameter, tensor.position), []):
-            low, high = max(start - tensor.start, 0), min(stop - tensor.start, tensor.numel)
-            if low < high:
-                found.append(_Piece(rank, low, high))
-        for piece in found:
-            if piece.start != end:
-                break
-            end = piece.stop
-        if end != tensor.numel:
-            spans = [(piece.rank, piece.start, piece.stop) for piece in found]
-            raise RuntimeError(f"{item.entry.key} of {tensor.numel} elements is held as (rank, from, to): {spans}")
+    def _spans(self, request: Request) -> list[Span]:
+        """Return the spans that make up a request, each from the holder nearest to the writer.
+
+        Raises RuntimeError if a part of it is held by no rank.
+        """
+        writer, at = request.writer, request.start
+        low, high = self._held[writer].get(request.parameter, (0, 0))
+        if low <= at and request.stop <= high and request.position in (None, writer % self._ep_degree):
+            return [Span(writer, at, request.stop)]
+        node = writer // self._ep_degree
+        holders = self._holders.get((request.parameter, request.position), [])
+        nearest = sorted(holders, key=lambda s: (s.rank != writer, s.rank // self._ep_degree != node, s.rank))
+        found = []
+        while at < request.stop:
+            holder = next((span for span in nearest if span.start <= at < span.stop), None)
+            if holder is None:
+                raise RuntimeError(f"no rank holds element {at} of {request.parameter} at position {request.position}")
+            found.append(Span(holder.rank, at, min(holder.stop, request.stop)))
+            at = found[-1].stop
         return found
 
-    def _own(self, item: Item, start: int, stop: int) -> Tensor:
-        """Elements start to stop of the item's tensor, as this rank holds them: flat, not copied."""
-        part = self._held[item.tensor.parameter]
-        flat = part.part(elementwise(self._engine, part)[item.kind])
-        offset = item.tensor.start - part.start
-        return flat[offset + start : offset + stop]
+    def _bytes(self, request: Request, span: Span) -> Tensor:
+        return self._read(request, span.start, span.stop).contiguous().view(torch.uint8)
 
-    def gather(self, batch: Sequence[Item]) -> Iterator[tuple[Item, Tensor]]:
-        """Those items of the batch that this rank writes, whole, on CPU, in order; collective if `split`."""
-        if not self._split:
-            for item in batch:
-                if item.writer == self._rank:
-                    yield item, self._own(item, 0, item.tensor.numel).cpu()
-            return
-        pieces = {item: self._pieces(item) for item in batch}
-        received = self._exchange(batch, pieces)
-        for item in batch:
-            if item.writer == self._rank:
-                yield item, _joined(item, pieces[item], received)
+    @torch.no_grad()
+    def gather(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Return the bytes of the requests that this rank writes, in order, on CPU; collective.
 
-    def _exchange(self, batch: Sequence[Item], pieces: dict[Item, list[_Piece]]) -> list[Tensor]:
-        """The bytes that each rank sent to this one: its pieces of what this rank writes, in the batch's order."""
+        requests: the same on every rank. What is returned may share memory with the parameters.
+        """
+        outgoing: list[list[Tensor]] = [[] for _ in range(size(self._group))]
+        found: list[Tensor] = []
+        incoming: list[tuple[int, Tensor]] = []
+        exchanged = False
+        for request in requests:
+            spans = self._spans(request)
+            is_mine = request.writer == self._rank
+            if [span.rank for span in spans] == [request.writer]:  # neither sent nor copied
+                found += [self._bytes(request, spans[0]).cpu()] if is_mine else []
+                continue
+            exchanged = True
+            if is_mine:
+                found.append(torch.empty((request.stop - request.start) * request.element_bytes, dtype=torch.uint8))
+                parts = found[-1].split([(span.stop - span.start) * request.element_bytes for span in spans])
+                incoming += [(span.rank, part) for span, part in zip(spans, parts)]
+            outgoing[request.writer] += [self._bytes(request, span) for span in spans if span.rank == self._rank]
+        if exchanged:
+            self._exchange(outgoing, incoming)
+        return found
+
+    def _exchange(self, outgoing: list[list[Tensor]], incoming: list[tuple[int, Tensor]]) -> None:
+        """Send each rank its bytes and fill each of the incoming tensors, (rank, bytes), with what its rank sent."""
         assert self._group is not None
-        outgoing: list[list[Tensor]] = [[] for _ in range(self._group.size())]
-        incoming = [0] * self._group.size()
-        for item in batch:
-            width = DTYPES[item.entry.dtype][1]
-            for piece in pieces[item]:
-                if piece.rank == self._rank:
-                    own = self._own(item, piece.start, piece.stop)
-                    outgoing[item.writer].append(own.contiguous().view(torch.uint8))
-                if item.writer == self._rank:
-                    incoming[piece.rank] += (piece.stop - piece.start) * width
-        device = self._engine.device
-        nothing = torch.empty(0, dtype=torch.uint8, device=device)
-        sent = torch.cat([nothing, *(part.to(device) for parts in outgoing for part in parts)])
-        sizes = [sum(part.numel() for part in parts) for parts in outgoing]
-        promised = exchange_row_counts(sizes, sent.numel(), self._group, device)
-        if promised != incoming:
-            raise RuntimeError(f"ranks send {promised} bytes for {len(batch)} tensors, expected {incoming}")
-        with torch.no_grad():
-            received = all_to_all_rows(sent, sizes, promised, self._group)
-        return list(received.cpu().split(promised))
-
-
-def _joined(item: Item, pieces: Sequence[_Piece], received: list[Tensor]) -> Tensor:
-    """The item's tensor, flat, from the front of what was received; that is then gone from there."""
-    parts = []
-    for piece in pieces:
-        size = (piece.stop - piece.start) * DTYPES[item.entry.dtype][1]
-        parts.append(received[piece.rank][:size])
-        received[piece.rank] = received[piece.rank][size:]
-    return torch.cat(parts)
+        counts = [sum(x.numel() for rank, x in incoming if rank == r) for r in range(len(outgoing))]
+        received = all_to_all_bytes(outgoing, counts, self._group, self._device)
+        for rank, x in incoming:
+            x.copy_(received[rank][: x.numel()])
+            received[rank] = received[rank][x.numel() :]

@@ -1,10 +1,10 @@
-"""The manifest of a save: what it holds, and the hashes by which every byte of it is checked.
+"""The manifest of a save: its contents, and the hashes by which every byte is checked.
 
-It is JSON. Its first line carries the xxh3-128 of the whole file, taken with zeros in the place of that hash.
+It is JSON. Its first key is the xxh3-128 of the whole file, computed with zeros in the place of that hash.
 Keys: format, version, step, topology (world_size, ep_degree, zero_stage), config_hash, versions,
     files    {name: {bytes, xxh3_128}}
     tensors  {key: {file, dtype, shape, xxh3_128}}, keys as in `tensors.py`
-    experts  {layer's experts: [fingerprint of each global expert]}
+    experts  {experts module: [fingerprint of each global expert]}
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make(
     tensors: Mapping[str, Any],
     num_experts: Mapping[str, int],
 ) -> Manifest:
-    """The body of a manifest. files, tensors: their entries by name. num_experts: {layer's experts: number}."""
+    """Return the body of a manifest. files, tensors: entries by name. num_experts: number by experts module."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -50,22 +50,22 @@ def make(
 
 
 def to_json(value: Any) -> str:
-    """The value as compact JSON."""
+    """Return the value as compact JSON."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """The manifest file of this body, one key a line, checksum first."""
+    """Return the manifest file of this body, one key a line, checksum first."""
     lines = [f"{json.dumps(key)}: {to_json(value)}" for key, value in body.items()]
     blank = _START + _BLANK + b'",\n' + ",\n".join(lines).encode() + b"\n}\n"
     return blank.replace(_BLANK, xxhash.xxh3_128_hexdigest(blank).encode(), 1)
 
 
 def decode(data: bytes) -> Manifest:
-    """The body of a manifest file. ValueError saying why if it is damaged, foreign or of a later version."""
+    """Return the body of a manifest file. Raises ValueError if it is damaged or of another format or version."""
     place = slice(len(_START), len(_START) + len(_BLANK))
     if not data.startswith(_START) or len(data) < place.stop:
-        raise ValueError("is damaged, or not a manifest of alfb_dist")
+        raise ValueError("is damaged or not a manifest of alfb_dist")
     blank = data[: place.start] + _BLANK + data[place.stop :]
     if xxhash.xxh3_128_hexdigest(blank).encode() != data[place]:
         raise ValueError("is damaged: its checksum does not match")
@@ -77,21 +77,21 @@ def decode(data: bytes) -> Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a save. ValueError naming the file if it is missing, damaged, foreign or of a later version."""
+    """Return the manifest of a save. Raises ValueError if it is missing, damaged or of another format or version."""
     path = folder / NAME
     try:
         return decode(path.read_bytes())
     except OSError as e:
-        raise ValueError(f"{path} cannot be read, so this is no finished save: {e.strerror or e}") from e
+        raise ValueError(f"{path} cannot be read, so the save is not finished: {e.strerror or e}") from e
     except ValueError as e:
         raise ValueError(f"{path} {e}") from e
 
 
 def fingerprints(tensors: Mapping[str, Mapping[str, Any]], num_experts: Mapping[str, int]) -> dict[str, list[str]]:
-    """By the name of a layer's experts, the fingerprint of each global expert's weights.
+    """Return, by experts module, the fingerprint of each global expert's weights.
 
-    It is the xxh3-128 of the hashes of the expert's weight tensors in the order of their names, so it does not depend
-    on how the run was laid out. num_experts: {layer's experts: number of experts}.
+    A fingerprint is the xxh3-128 of the hashes of the expert's weights in the order of their names, so it does not
+    depend on the run's parallel layout. num_experts: number by experts module.
     """
     weights: dict[tuple[str, int], list[str]] = {}
     for key in sorted(tensors):

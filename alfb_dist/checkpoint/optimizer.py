@@ -1,7 +1,7 @@
-"""What this rank's optimizer holds of each parameter, whichever of DeepSpeed's optimizers it is.
+"""The parts of parameters that this rank's optimizer holds, for each of DeepSpeed's optimizers.
 
-Without ZeRO a rank holds every parameter whole. With ZeRO 1 and 2 the parameters of a group lie flat behind each other
-and a rank holds a contiguous part of that: of a parameter it may hold all, a fragment or nothing.
+Without ZeRO a rank holds every parameter whole. With ZeRO 1 and 2 the parameters of a group are flattened into one
+tensor and a rank holds a contiguous partition of it: of a parameter it may hold all, a fragment or nothing.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 WEIGHT = "weight"
 
 _IMPLEMENTATION = frozenset({"params", "name", "moe", "foreach", "fused", "capturable", "differentiable"})
-"""Keys of a parameter group that say how or where it is computed, not what."""
+"""Keys of a parameter group that change how or where it is computed, but not the result."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Elements start to start + numel of this rank's flattened parameter: numel elements of `holder` from `offset`."""
+    """Elements start to start + numel of this rank's flattened parameter, held by `holder` from element `offset` on."""
 
     parameter: nn.Parameter
     holder: Tensor
-    """What the optimizer steps, the master weights; the parameter itself where it is frozen."""
+    """The tensor that the optimizer steps, the master weights; a frozen parameter itself."""
     group: int | None
-    """The optimizer's parameter group; None where it is frozen."""
+    """The optimizer's parameter group; None for a frozen parameter."""
     start: int
     offset: int
     numel: int
 
     def part(self, whole: Tensor) -> Tensor:
-        """The part of a tensor shaped like the holder that belongs to this parameter: flat, not copied."""
+        """Return this parameter's part of a tensor shaped like the holder: flat, not copied."""
         return whole.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer under DeepSpeed's."""
+    """Return the torch optimizer that DeepSpeed's wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -47,13 +47,13 @@ def _first(owner: Any, *names: str) -> Any:
 
 
 def _groups(engine: Any) -> list[list[nn.Parameter]]:
-    """The model's parameters that are trained, in each of the optimizer's groups."""
+    """Return the trained parameters of each of the optimizer's groups."""
     wrapped = _first(engine.optimizer, "bit16_groups", "bf16_groups", "fp16_groups")
     return wrapped or [[p for p in group["params"] if p.requires_grad] for group in engine.optimizer.param_groups]
 
 
 def partitioned(engine: Any) -> bool:
-    """Whether ranks hold parts of parameters (ZeRO 1 and 2)."""
+    """Return whether ranks hold parts of parameters (ZeRO 1 and 2)."""
     return _partitions(engine) is not None
 
 
@@ -77,32 +77,32 @@ def _trained(engine: Any) -> Iterator[tuple[nn.Parameter, Held]]:
 
 
 def held(engine: Any) -> dict[str, Held]:
-    """What this rank holds of every parameter of the model, by name, in the model's order.
+    """Return this rank's part of every parameter of the model, by name, in the model's order.
 
-    Raises ValueError for an optimizer that is not known, and for a parameter that does not lie contiguously.
+    Raises ValueError for an unsupported optimizer and for a parameter that is not contiguous.
     """
     if getattr(engine.optimizer, "round_robin_gradients", False):
-        # DeepSpeed then maps parameters to other parameters' master weights.
-        raise ValueError("zero_optimization.round_robin_gradients must be off to save and load checkpoints")
+        # With it, DeepSpeed maps parameters to the master weights of others.
+        raise ValueError("zero_optimization.round_robin_gradients must be false to save and load checkpoints")
     trained = {id(p): part for p, part in _trained(engine)}
     parts = {}
     for name, p in engine.module.named_parameters():
         parts[name] = trained.get(id(p)) or Held(p, p, None, 0, 0, p.numel())
         if not parts[name].holder.is_contiguous():
-            raise ValueError(f"{name} is not contiguous in memory, so it cannot be saved or loaded")
+            raise ValueError(f"{name} is not contiguous in memory, so it cannot be saved or loaded: make it contiguous")
     return parts
 
 
 def check_masters(held: dict[str, Held]) -> None:
-    """Nothing, or ValueError if the model's weights are not the master weights rounded: the map of them is wrong."""
+    """Raise ValueError if the model's weights are not the rounded master weights, so that these cannot be trusted."""
     for name, part in held.items():
         if part.group is not None and part.parameter is not part.holder:
             model = part.parameter.detach().view(-1)[part.start : part.start + part.numel]
             master = part.part(part.holder).to(model)
             if not torch.equal(model.view(torch.uint8), master.view(torch.uint8)):
                 raise ValueError(
-                    f"{name} is not its master weights rounded to {model.dtype}: it was changed without the optimizer, "
-                    "or this version of DeepSpeed keeps master weights in another way"
+                    f"{name} differs from its master weights rounded to {model.dtype}: change weights through the "
+                    "optimizer, or else this version of DeepSpeed is not supported"
                 )
 
 
@@ -111,7 +111,7 @@ def _is_number(key: str, value: Any) -> bool:
 
 
 def elementwise(engine: Any, part: Held) -> dict[str, Tensor]:
-    """The master weights and the optimizer's per-element states of a parameter by kind, shaped like its holder.
+    """Return the master weights and the optimizer's per-element states of a parameter by kind, shaped like its holder.
 
     Raises ValueError if the optimizer keeps a state that is neither per element nor a number.
     """
@@ -126,7 +126,7 @@ def elementwise(engine: Any, part: Held) -> dict[str, Tensor]:
 
 
 def numbers(engine: Any, part: Held) -> dict[str, Any]:
-    """The states of a parameter that are one number, such as Adam's step, as JSON."""
+    """Return the states of a parameter that are one number, such as Adam's step, as JSON."""
     found: dict[str, Any] = {}
     kinds = elementwise(engine, part)
     for key, value in base_optimizer(engine).state.get(part.holder, {}).items():
@@ -138,9 +138,9 @@ def numbers(engine: Any, part: Held) -> dict[str, Any]:
 
 
 def set_states(engine: Any, part: Held, dtypes: dict[str, torch.dtype], found: dict[str, Any]) -> dict[str, Tensor]:
-    """The holder's states are zeros of these types and these numbers; those of before are gone. The zeros by kind.
+    """Replace the holder's states by zeros of these types and by these numbers; return the zeros by kind.
 
-    dtypes: by kind, without the weights. found: as `numbers` gives them.
+    dtypes: by kind, without the weights. found: as returned by `numbers`.
     """
     optimizer = base_optimizer(engine)
     optimizer.state.pop(part.holder, None)
@@ -166,9 +166,9 @@ def _plain(value: Any) -> bool:
 
 
 def hyperparameters(engine: Any, names: dict[int, str]) -> list[dict[str, Any]]:
-    """The settings of each parameter group and the names of its parameters, as JSON. names: by id of the parameter.
+    """Return the settings of each parameter group and the names of its parameters, as JSON.
 
-    Raises ValueError for a setting that is no plain value.
+    names: by id of the parameter. Raises ValueError for a setting that is not a plain value.
     """
     found = []
     for group, parameters in zip(base_optimizer(engine).param_groups, _groups(engine)):
@@ -183,10 +183,10 @@ def hyperparameters(engine: Any, names: dict[int, str]) -> list[dict[str, Any]]:
 def match_hyperparameters(
     saved: list[dict[str, Any]], engine: Any, names: dict[int, str]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each parameter group of the engine with the settings that its parameters were saved with.
+    """Return each parameter group of the engine with the settings that its parameters were saved with.
 
-    Groups may be cut differently at another EP size. Raises ValueError if parameters of one group were saved with
-    different settings, or a group's were not saved.
+    Groups may differ at another EP size. Raises ValueError if parameters of one group were saved with different
+    settings or not saved.
     """
     settings = {name: group["settings"] for group in saved for name in group["parameters"]}
     pairs = []
@@ -197,14 +197,14 @@ def match_hyperparameters(
         if found[0] is None or any(f != found[0] for f in found):
             raise ValueError(
                 f"the optimizer's group of {names[id(parameters[0])]} has parameters that were saved with different "
-                "settings, or frozen: use the parameter groups of the saved run"
+                "settings or were frozen: use the parameter groups of the saved run"
             )
         pairs.append((group, found[0]))
     return pairs
 
 
 def apply_hyperparameters(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Each group has the settings found for it."""
+    """Set each group to the settings found for it."""
     for group, settings in pairs:
         for key, value in settings.items():
             if isinstance(group.get(key), Tensor):
@@ -214,11 +214,11 @@ def apply_hyperparameters(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) ->
 
 
 def refresh_model(engine: Any) -> None:
-    """The model's weights are the master weights, in the model's type; collective under ZeRO."""
+    """Copy the master weights to the model's weights, in the model's type; collective under ZeRO."""
     optimizer = engine.optimizer
     if partitioned(engine):
         optimizer.update_lp_params()
-        optimizer._hp_optimizer_states_linked = False  # its next step links the states that are there now
+        optimizer._hp_optimizer_states_linked = False  # so that the next step links the present states
         return
     for wide, narrow in zip(_first(optimizer, "fp32_groups") or [], _groups(engine)):
         for master, p in zip(wide, narrow):
@@ -226,7 +226,7 @@ def refresh_model(engine: Any) -> None:
 
 
 def loss_scale(engine: Any) -> dict[str, Any] | None:
-    """The state of the loss scale, as JSON; None where there is none."""
+    """Return the state of the loss scale as JSON; None if there is none."""
     scaler = _first(engine.optimizer, "loss_scaler", "loss_scale_config")
     return None if scaler is None else {k: getattr(scaler, k) for k in _LOSS_SCALE if hasattr(scaler, k)}
 
@@ -235,7 +235,7 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def set_loss_scale(engine: Any, state: dict[str, Any] | None) -> None:
-    """The loss scale is in the saved state, as far as this engine has one."""
+    """Set the loss scale to the saved state, as far as this engine has one."""
     scaler = _first(engine.optimizer, "loss_scaler", "loss_scale_config")
     for key in _LOSS_SCALE:
         if state is not None and key in state and hasattr(scaler, key):

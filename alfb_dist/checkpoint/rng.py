@@ -24,7 +24,7 @@ def _cuda() -> bool:
 
 
 def capture() -> dict[str, Any]:
-    """The random state of this process as plain JSON."""
+    """Return the random state of this process as plain JSON."""
     version, words, gauss = random.getstate()
     numpy: Any = np.random.get_state(legacy=False)
     key = numpy["state"]["key"]
@@ -37,7 +37,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """This process draws the numbers that it would have drawn next when the state was captured."""
+    """Set the random state of this process to a captured one."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
@@ -48,7 +48,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def seed(step: int, rank: int, world_size: int) -> int:
-    """This process draws from a seed made of the three, which is returned."""
+    """Seed the random states of this process by the three numbers; return the seed."""
     value = xxhash.xxh3_64_intdigest(f"{step}/{rank}/{world_size}".encode()) >> 1
     random.seed(value)
     np.random.seed(value % (1 << 32))

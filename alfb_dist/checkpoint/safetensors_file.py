@@ -1,14 +1,14 @@
-"""Safetensors files written from front to back, tensor by tensor, and scanned with a hash of each tensor.
+"""Safetensors files, written and scanned from front to back with a hash of each tensor.
 
-The library's own writer wants all tensors of a file at once. The format is 8 bytes of header length, a JSON header with
-type, shape and place of each tensor, and the tensors' bytes.
+The library's own writer needs all tensors of a file at once. The format is 8 bytes of header length, a JSON header with
+type, shape and offsets of each tensor, and the tensors' bytes. Scanning does not need torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -32,23 +32,29 @@ DTYPES = {
     "U8": ("torch.uint8", 1),
     "BOOL": ("torch.bool", 1),
 }
-"""The format's names of types: torch's name and bytes per element."""
+"""By the format's name of a type: torch's name and the bytes of an element."""
 _NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 _BLOCK_BYTES = 4 << 20
 ALIGNMENT = 64
-"""The first tensor of a file starts at a multiple of this. Products on CPU may differ in the last bit on memory that is
-aligned otherwise than torch's own, and who maps a file computes on the file's bytes where they lie."""
+"""The first tensor of a file starts at a multiple of this, as torch aligns its own memory: who maps a file computes on
+its bytes in place, and products on CPU may differ in the last bit at another alignment."""
+
+
+def first_keys(keys: Iterable[str]) -> str:
+    """Return the first four keys and the number of the others, for a message."""
+    keys = list(keys)
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def dtype_name(dtype: Any) -> str:
-    """The format's name of a torch dtype. ValueError if a checkpoint cannot hold it."""
+    """Return the format's name of a torch dtype. Raises ValueError if a checkpoint cannot hold it."""
     if str(dtype) not in _NAMES:
         raise ValueError(f"tensors of type {dtype} cannot be saved; supported: {', '.join(_NAMES)}")
     return _NAMES[str(dtype)]
 
 
 def torch_dtype(name: str) -> Any:
-    """The torch dtype of the format's name."""
+    """Return the torch dtype of the format's name."""
     import torch
 
     return getattr(torch, DTYPES[name][0].removeprefix("torch."))
@@ -56,7 +62,7 @@ def torch_dtype(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its key, the format's name of its type, its shape."""
+    """A tensor of a file: its key, the format's name of its type, and its shape."""
 
     key: str
     dtype: str
@@ -64,12 +70,12 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """How many bytes the tensor takes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
+    """Return the bytes of a contiguous CPU tensor, not copied."""
     import torch
 
     data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
@@ -77,7 +83,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def header_bytes(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
-    """What a safetensors file of these entries begins with: the length of its JSON header, and the header."""
+    """Return the start of a safetensors file of these entries: the length of its JSON header, and the header."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for entry in entries:
@@ -88,19 +94,40 @@ def header_bytes(entries: Sequence[Entry], metadata: dict[str, str] | None = Non
     return len(text).to_bytes(8, "little") + text
 
 
+def start_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> HashedFile:
+    """Create a safetensors file of these entries and write its header; the tensors' bytes follow in their order."""
+    header = header_bytes(entries, metadata)
+    file = HashedFile(path, size=len(header) + sum(entry.bytes for entry in entries))
+    file.write(header)
+    return file
+
+
+def read_header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes before the tensors of a file, and each tensor's record in the header by key.
+
+    size: the file's. Raises ValueError if the header is incomplete.
+    """
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > size - 8:
+        raise ValueError("the header is longer than the file")
+    start += file.read(length)
+    records: dict[str, Any] = json.loads(start[8:])
+    records.pop("__metadata__", None)
+    return start, records
+
+
 class SafetensorsWriter:
     """A safetensors file that takes its tensors one by one, in the order of its entries."""
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        header = header_bytes(entries)
         self.path, self._entries = path, list(entries)
-        self._file = HashedFile(path, size=len(header) + sum(entry.bytes for entry in entries))
-        self._file.write(header)
+        self._file = start_file(path, entries)
         self.tensors: dict[str, dict[str, Any]] = {}
         """The manifest entries of the tensors written so far, by key."""
 
-    def put(self, key: str, tensor: Tensor) -> None:
-        """The tensor (contiguous, on CPU) is the file's next. OSError names path and bytes."""
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Write the file's next tensor, contiguous and on CPU. An OSError names path and byte."""
         entry = self._entries[len(self.tensors)]
         data = tensor_bytes(tensor)
         assert (key, data.nbytes) == (entry.key, entry.bytes), f"expected {entry}, got {key} of {data.nbytes} bytes"
@@ -115,21 +142,30 @@ class SafetensorsWriter:
 
     @property
     def full(self) -> bool:
-        """Whether every tensor has been put."""
+        """Whether every tensor has been added."""
         return len(self.tensors) == len(self._entries)
 
     def finish(self) -> dict[str, int | str]:
-        """The file is on the disk, whole and closed; its manifest entry."""
+        """Close the file when it is on the disk; return its manifest entry."""
         return self._file.finish()
 
     def close(self) -> None:
-        """The file is closed, whole or not."""
+        """Close the file, complete or not."""
         self._file.close()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, int | str], dict[str, dict[str, Any]]]:
+    """Write a safetensors file; return the manifest's entries of the file and of the tensors by key."""
+    entries = [Entry(key, dtype_name(x.dtype), tuple(x.shape)) for key, x in tensors.items()]
+    writer = SafetensorsWriter(path, entries)
+    for key, tensor in tensors.items():
+        writer.add(key, tensor.cpu().contiguous())
+    return writer.finish(), writer.tensors
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file was found to hold: the hash of the whole, and each tensor's type, shape and hash by key."""
+    """The contents of a file: the hash of the whole, and each tensor's type, shape and hash by key."""
 
     xxh3_128: str
     tensors: dict[str, dict[str, Any]]
@@ -145,20 +181,16 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def scan(path: Path) -> Scan:
-    """The file's hashes, read once from front to back. ValueError if it is not a whole safetensors file."""
+    """Return the file's hashes, read once from front to back. Raises ValueError if it is not a complete file."""
     whole, tensors = xxhash.xxh3_128(), {}
     with open(path, "rb") as file:
-        length = file.read(8)
-        whole.update(length)
-        text = b"".join(_blocks(file, min(int.from_bytes(length, "little"), path.stat().st_size)))
-        whole.update(text)
-        header = json.loads(text)
-        header.pop("__metadata__", None)
+        start, records = read_header(file, path.stat().st_size)
+        whole.update(start)
         end = 0
-        for key, found in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for key, found in sorted(records.items(), key=lambda item: item[1]["data_offsets"]):
             entry = Entry(key, found["dtype"], tuple(found["shape"]))
             if min(entry.shape, default=0) < 0 or found["data_offsets"] != [end, end + entry.bytes]:
-                raise ValueError(f"{key} does not lie where its header says")
+                raise ValueError(f"{key} is not at the offset in the header")
             end += entry.bytes
             part = xxhash.xxh3_128()
             for block in _blocks(file, entry.bytes):
@@ -166,5 +198,5 @@ def scan(path: Path) -> Scan:
                 part.update(block)
             tensors[key] = {"dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": part.hexdigest()}
         if file.read(1):
-            raise ValueError("the file goes on after its last tensor")
+            raise ValueError("the file has bytes after its last tensor")
     return Scan(whole.hexdigest(), tensors)

@@ -1,9 +1,9 @@
-"""The global tensors of a model: what each is called in a save, which ranks hold it, and which one writes it.
+"""The global tensors of a model: their keys in a save, the ranks that hold them, and the one that writes each.
 
-A key is `<kind>/<parameter>` for what all ranks hold and `<kind>/<parameter>/<global expert>` for experts. The
+A key is `<kind>/<parameter>` for dense parameters and `<kind>/<parameter>/<global expert>` for experts. The
 parameter's name is the one in transformers' state dict; the kind is `weight` or a per-element state of the optimizer,
-such as `exp_avg`. Beside these, `bias/<buffer>` (float32) and `load/<buffer>` (int64) hold each gate's selection bias
-and last load, `buffer/<buffer>` what else the state dict holds.
+such as `exp_avg`. `bias/<buffer>` (float32) and `load/<buffer>` (int64) hold each gate's selection bias and last load,
+`buffer/<buffer>` the other buffers of the state dict.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ class GlobalTensor:
     expert: int | None
     shape: tuple[int, ...]
     position: int | None
-    """The expert-parallel position of the ranks that hold it; None where all ranks do."""
+    """The expert-parallel position of the ranks that hold it; None if all ranks do."""
     start: int
     """Its first element in the flattened parameter of those ranks."""
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def key(self, kind: str) -> str:
-        """Its key in a save, for a kind of tensor."""
+        """Return its key in a save, for a kind of tensor."""
         return f"{kind}/{self.parameter}" if self.expert is None else f"{kind}/{self.parameter}/{self.expert}"
 
 
 def num_experts(model: nn.Module) -> dict[str, int]:
-    """How many global experts each layer's experts are, by their name, in the model's order."""
+    """Return the number of global experts by experts module, in the model's order."""
     return {name: int(experts.num_experts) for name, experts in sharded_experts(model)}
 
 
 def ep_degree(model: nn.Module) -> int:
-    """Over how many ranks the model's experts are sharded."""
+    """Return the number of ranks over which the model's experts are sharded."""
     return next((experts.ep_size for _, experts in sharded_experts(model)), 1)
 
 
 def global_tensors(model: nn.Module) -> list[GlobalTensor]:
-    """Every dense parameter and every expert of the whole model, in its order; the same list on every rank."""
+    """Return every dense parameter and every expert of the model, in its order; the same list on every rank."""
     layers = dict(sharded_experts(model))
     found = []
     for name, parameter in model.named_parameters():
@@ -68,10 +68,10 @@ def global_tensors(model: nn.Module) -> list[GlobalTensor]:
 
 
 def writers(tensors: Sequence[GlobalTensor], ep_degree: int, world_size: int) -> list[int]:
-    """The rank that writes each tensor: one that holds it, such that all write about the same; equal on every rank.
+    """Return the rank that writes each tensor, one of those that hold it; the same list on every rank.
 
-    Experts go round the ranks of their expert-parallel position; dense tensors, the largest first, to the rank that
-    has the least.
+    Experts are dealt round the ranks of their expert-parallel position; dense tensors, the largest first, go to the
+    rank with the fewest elements.
     """
     chosen, load, turn = [0] * len(tensors), [0] * world_size, [0] * ep_degree
     dense = []
@@ -92,19 +92,19 @@ def writers(tensors: Sequence[GlobalTensor], ep_degree: int, world_size: int) ->
 
 
 def gate_names(model: nn.Module, balancer: Balancer) -> list[str]:
-    """The name of the selection bias of each of the balancer's gates, in its order."""
+    """Return the name of the selection bias of each of the balancer's gates, in its order."""
     names = {id(module): name for name, module in model.named_modules()}
     return [f"{names[id(gate.bias_holder)]}.{gate.bias_name}" for gate in balancer.gates]
 
 
 def buffers(model: nn.Module, balancer: Balancer) -> dict[str, Tensor]:
-    """What the model's state dict holds beside parameters and selection biases, by key; all ranks hold all of it."""
+    """Return the buffers of the model's state dict, by key, without selection biases; they are equal on all ranks."""
     kept, biases = set(model.state_dict()), set(gate_names(model, balancer))
     return {f"buffer/{n}": b for n, b in model.named_buffers() if n in kept and n not in biases}
 
 
 def balance_tensors(model: nn.Module, balancer: Balancer) -> dict[str, Tensor]:
-    """The selection bias, float32 (E,), and the last load, int64 (E,), of each gate, by key; copies."""
+    """Return copies of the selection bias, float32 (E,), and the last load, int64 (E,), of each gate, by key."""
     names = gate_names(model, balancer)
     bias = {f"bias/{name}": bias_E for name, bias_E in zip(names, balancer.bias_LE)}
     return bias | {f"load/{name}": load_E for name, load_E in zip(names, balancer.load_LE.clone())}

@@ -43,9 +43,9 @@ def _launch(arguments: argparse.Namespace) -> int:
         print(shlex.join(command(launch, settings)))
         return DONE
 
-    from alfb_dist.distributed.launch.control_channel import Lines
+    from alfb_dist.distributed.launch.control_channel import ControlServer
     from alfb_dist.distributed.launch.preflight import check_hosts
-    from alfb_dist.distributed.launch.supervisor import say, supervise
+    from alfb_dist.distributed.launch.supervisor import notify, supervise
 
     if launch.hosts:
         port = 0 if launch.launcher in ("mpirun", "openmpi") else launch.master_port  # mpi4py chooses one
@@ -55,9 +55,12 @@ def _launch(arguments: argparse.Namespace) -> int:
     def attempt(lifeline: str, resume: bool) -> tuple[list[str], dict[str, str]]:
         again = ["--set", "run.resume=true"] if resume and not config.run.resume else []
         words = command(launch, [*settings, *again])
-        say(shlex.join(words))
+        notify(shlex.join(words))
         return [*words, "--lifeline", lifeline], environment
 
     return supervise(
-        attempt, lambda: Lines(launch.launch_host), ranks=launch.local_ranks, max_restarts=arguments.max_restarts
+        attempt,
+        lambda: ControlServer(launch.launch_host),
+        ranks=launch.local_ranks,
+        max_restarts=arguments.max_restarts,
     )

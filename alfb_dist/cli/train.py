@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 
 from alfb_dist.config import Config, ConfigError, config_to_toml, load_config
-from alfb_dist.distributed.launch.control_channel import Lifeline
+from alfb_dist.distributed.launch.control_channel import ControlClient
+from alfb_dist.distributed.launch.parents import launchers, watch
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
-from alfb_dist.distributed.rendezvous import launched_world, launchers, watch
+from alfb_dist.distributed.rendezvous import launched_world
 
 
 def add(commands: Any) -> None:
@@ -91,47 +92,47 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(read_config(arguments), arguments.ranks)
     rank, world_size = launched_world()
-    lifeline = _connect(arguments.lifeline, rank)
+    control = _connect(arguments.lifeline, rank)
     try:
-        code = _run(read_config(arguments, world_size), lifeline, profile=arguments.profile)
+        code = _run(read_config(arguments, world_size), control, profile=arguments.profile)
     except ConfigError:
-        lifeline.tell(code=BAD_CONFIG)
+        control.send(code=BAD_CONFIG)
         raise
     except Exception:
-        lifeline.tell(code=FAILED)
-        if not lifeline.reached():  # mpirun's daemon on a host that is cut off would wait for it
+        control.send(code=FAILED)
+        if not control.is_reachable():  # mpirun's daemon on a host that is cut off would wait for it
             for launcher in launchers():
                 with contextlib.suppress(psutil.Error):  # another rank has ended it
                     launcher.terminate()
         raise
-    lifeline.tell(code=code)
+    control.send(code=code)
     return code
 
 
-def _run(config: Config, lifeline: Lifeline, *, profile: bool) -> int:
+def _run(config: Config, control: ControlClient, *, profile: bool) -> int:
     """Run the training and return its exit code. From here on, signals to this process ask the run to stop."""
 
     def nothing_to_save() -> None:
-        lifeline.tell(code=PREEMPTED)
+        control.send(code=PREEMPTED)
         os._exit(PREEMPTED)
 
     stop = StopSignals(before_start=nothing_to_save)
     stop.install()
-    lifeline.on_stop(stop.request)
+    control.on_stop(stop.request)
     watch(launchers(), stop.request)
 
     from alfb_dist.training.loop import train
 
     def started(run: Any) -> None:
-        lifeline.tell(folder=str(run.folder))
+        control.send(folder=str(run.folder))
         stop.start()
 
     return train(config, stop, started, profile=profile)
 
 
-def _connect(address: str, rank: int) -> Lifeline:
+def _connect(address: str, rank: int) -> ControlClient:
     try:
-        return Lifeline(address, rank)
+        return ControlClient(address, rank)
     except OSError as error:
         host, port, _ = address.rsplit(":", 2)
         raise ConfigError(

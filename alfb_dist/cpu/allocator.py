@@ -1,7 +1,7 @@
-"""Large CPU tensors in memory that is kept for the next ones, as torch keeps it on CUDA.
+"""Large CPU tensors in memory that is kept for later ones, as torch keeps it on CUDA.
 
-The C library gives large blocks back to the system, which hands them out again page by page and zeroed: a tenth of the
-time of an MoE layer's forward and backward. Here a block comes back when the last tensor on it is gone.
+The C library returns large blocks to the system, which hands them out again page by page and zeroed: a tenth of the
+time of an MoE layer's forward and backward. Here a block is free again once no tensor refers to it.
 """
 
 from __future__ import annotations
@@ -15,77 +15,79 @@ from math import prod
 import torch
 from torch import Tensor
 
-LARGE = 1 << 20  # bytes from which a tensor is taken from here
-SPARE = 1.25  # no more is kept than so many times what was in use at once; sizes have their peaks at different times
-_STEP = 1 << 21  # a huge page, where the system has them
+MIN_BYTES = 1 << 20  # smaller tensors are left to torch
+MAX_KEPT = 1.25  # times the most bytes ever in use; above 1, since sizes have their peaks at different times
+_PAGE = 1 << 21  # a huge page, where the system has them
 
-_free: list[mmap.mmap] = []
-"""Blocks without a tensor, the one that has waited longest first."""
+_free_blocks: list[mmap.mmap] = []
+"""Blocks that no tensor refers to, the one free for longest first."""
 
 
 @dataclass
-class _Use:
-    """Bytes of the blocks with a tensor, now, at most so far, and at most since `grown` was asked."""
+class _Usage:
+    """Bytes of the blocks that tensors refer to: now, at most ever, and at most since `peak_growth` was last called."""
 
-    now: int = 0
-    most: int = 0
-    lately: int = 0
-    before: int = 0
+    current: int = 0
+    peak: int = 0
+    recent_peak: int = 0
+    start: int = 0
 
     def add(self, num_bytes: int) -> None:
-        self.now += num_bytes
-        self.most, self.lately = max(self.most, self.now), max(self.lately, self.now)
+        self.current += num_bytes
+        self.peak, self.recent_peak = max(self.peak, self.current), max(self.recent_peak, self.current)
 
 
-_use = _Use()
+_usage = _Usage()
 
 
 class _Lease:
-    """Held by the memory of a tensor; when it goes, so has the tensor."""
+    """Attribute of a tensor's memory: deleted with the last tensor that refers to it, which frees the block."""
 
     def __init__(self, block: mmap.mmap) -> None:
-        self._block, self._free, self._use = block, _free, _use  # the module may be gone before its last tensor
-        _use.add(len(block))
+        # Kept here too: at exit the module may be gone before its last tensor.
+        self._block, self._free_blocks, self._usage = block, _free_blocks, _usage
+        _usage.add(len(block))
 
     def __del__(self) -> None:
-        self._use.add(-len(self._block))
-        self._free.append(self._block)
+        self._usage.add(-len(self._block))
+        self._free_blocks.append(self._block)
 
 
 def _block(num_bytes: int) -> mmap.mmap:
-    fits = [b for b in _free if num_bytes <= len(b) <= 1.25 * num_bytes + _STEP]
-    if fits:
-        best = min(fits, key=len)
-        _free.remove(best)
-        return best
-    size = -(-num_bytes // _STEP) * _STEP
-    most = SPARE * max(_use.most, _use.now + size)
-    while _free and _use.now + sum(map(len, _free)) + size > most:
-        _free.pop(0)
+    fitting = [b for b in _free_blocks if num_bytes <= len(b) <= 1.25 * num_bytes + _PAGE]
+    if fitting:
+        smallest = min(fitting, key=len)
+        _free_blocks.remove(smallest)
+        return smallest
+    size = -(-num_bytes // _PAGE) * _PAGE
+    limit = MAX_KEPT * max(_usage.peak, _usage.current + size)
+    while _free_blocks and _usage.current + sum(map(len, _free_blocks)) + size > limit:
+        _free_blocks.pop(0)
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 
-def grown() -> int:
-    """By how many bytes at most more was in use than when this was asked last. Torch's profiler does not see them."""
-    growth = _use.lately - _use.before
-    _use.lately = _use.before = _use.now
+def peak_growth() -> int:
+    """Return the most bytes in use since the last call beyond those in use then. Torch's profiler does not see them."""
+    growth = _usage.recent_peak - _usage.start
+    _usage.recent_peak = _usage.start = _usage.current
     return growth
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor of this shape with the dtype and device of `like`; its values are whatever was there."""
+def empty(shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """Return an uninitialised tensor with the dtype of `like`, or None unless it is on a CPU and large."""
     num_bytes = prod(shape) * like.element_size()
-    if like.device.type != "cpu" or num_bytes < LARGE:
-        return like.new_empty(shape)
+    if like.device.type != "cpu" or num_bytes < MIN_BYTES:
+        return None
     block = _block(num_bytes)
     memory = (ctypes.c_char * len(block)).from_buffer(block)
     memory.lease = _Lease(block)  # type: ignore[attr-defined]
     return torch.frombuffer(memory, dtype=like.dtype, count=prod(shape)).view(*shape)
 
 
-def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """As `empty`, with zeros."""
-    return empty(shape, like).zero_()
+def allocate(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor with the dtype and device of `like`: `empty`'s, or else torch's own."""
+    tensor = empty(shape, like)
+    return like.new_empty(shape) if tensor is None else tensor

@@ -1,7 +1,7 @@
-"""Memory that the other processes of this machine read: what a rank sends them needs no trip through the network.
+"""Memory that other processes of this machine read, so that what a rank sends them need not pass the network.
 
-A sender keeps its messages in anonymous memory files of its own (memfd), which a reader opens through /proc. They
-vanish with the process, however it ends.
+A sender keeps its messages in anonymous memory files (memfd), which a reader opens through /proc. They vanish with the
+process, however it ends.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20
+MIN_BYTES = 1 << 20
 
 
-def available() -> bool:
-    """Whether this system has such memory, and it is not turned off (ALFB_SHARED_MEMORY=0)."""
+def has_shared_memory() -> bool:
+    """Return whether the system has such memory and ALFB_SHARED_MEMORY=0 is not set."""
     return (
         os.environ.get("ALFB_SHARED_MEMORY") != "0" and hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()
     )
 
 
-def network() -> int:
-    """A number for this process's network namespace: those in different ones count as different hosts."""
+def network_namespace() -> int:
+    """Return the number of this process's network namespace. Processes in different ones count as different hosts."""
     return os.stat("/proc/self/ns/net").st_ino
 
 
@@ -36,7 +36,7 @@ class Outbox:
     """Bytes that this process writes and others read."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.capacity = max(SMALLEST, 1 << (num_bytes - 1).bit_length())
+        self.capacity = max(MIN_BYTES, 1 << (num_bytes - 1).bit_length())
         self.file = os.memfd_create("alfb_dist", os.MFD_CLOEXEC)
         os.ftruncate(self.file, self.capacity)
         self.bytes = _mapped(self.file, self.capacity)
@@ -47,13 +47,13 @@ class Outbox:
 
 
 class Outboxes:
-    """Two outboxes in turn, so that one can be written while the other is read."""
+    """Two outboxes used in turn, so that one can be written while the other is read."""
 
     def __init__(self) -> None:
         self._pair = [Outbox(1), Outbox(1)]
 
     def next(self, num_bytes: int) -> Outbox:
-        """An outbox of at least that many bytes: not the one of the last call, but maybe the one before."""
+        """Return an outbox of at least `num_bytes` bytes that is not the last one returned."""
         box = self._pair.pop(0)
         if box.capacity < num_bytes:
             box = Outbox(num_bytes)
@@ -66,17 +66,17 @@ class Peer:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._open: dict[tuple[int, int], Tensor] = {}  # by file and capacity, the latest last
+        self._boxes: dict[tuple[int, int], Tensor] = {}  # by file and capacity, the latest last
 
     def _path(self, file: int) -> str:
         return f"/proc/{self.pid}/fd/{file}"
 
     def has(self, file: int) -> bool:
-        """Whether it still has this file open, which a process that has ended has not."""
+        """Return whether the process still has the file open; one that has ended has not."""
         return os.path.exists(self._path(file))
 
     def open(self, file: int, capacity: int) -> Tensor:
-        """All of an outbox, as it is now and will be; OSError if it cannot be read."""
+        """Map a whole outbox, which shows what its owner writes later too. Raises OSError if it cannot be read."""
         descriptor = os.open(self._path(file), os.O_RDWR | os.O_CLOEXEC)
         try:
             return _mapped(descriptor, capacity)
@@ -84,11 +84,11 @@ class Peer:
             os.close(descriptor)
 
     def read(self, file: int, capacity: int, start: int, num_bytes: int) -> Tensor:
-        """These bytes of its outbox, as they are now and will be; OSError if it cannot be read."""
-        box = self._open.pop((file, capacity), None)
+        """Return bytes of an outbox, not copied. Raises OSError if it cannot be read."""
+        box = self._boxes.pop((file, capacity), None)
         if box is None:
             box = self.open(file, capacity)
-        self._open[file, capacity] = box
-        if len(self._open) > 2:  # one that it has replaced
-            del self._open[next(iter(self._open))]
+        self._boxes[file, capacity] = box
+        if len(self._boxes) > 2:  # one that the process has replaced
+            del self._boxes[next(iter(self._boxes))]
         return box[start : start + num_bytes]

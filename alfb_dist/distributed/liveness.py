@@ -1,8 +1,8 @@
-"""Each rank answers for itself, so that an exchange that fails can name who is missing.
+"""Every rank answers questions about itself, so that a failed exchange can name the rank that is missing.
 
-A rank listens on a port of its own and tells any other where it stands: its step and the function it is in. When an
-exchange fails, the rank asks all others; whoever does not answer is named, or whoever is somewhere else, or what
-another rank has told of its own end. Nothing is sent while all goes well.
+A rank listens on its own port and reports its position: its step and the function that it is in. A rank whose exchange
+fails asks all others, and names those that do not answer, those that are somewhere else, or the failure that another
+rank has reported. Nothing is sent while no rank fails.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ import torch.distributed as dist
 from alfb_dist.distributed.network import own_address
 
 ANSWER_SECONDS = 1.0
-LINGER_SECONDS = 1.0  # a failed rank still answers so long, or others would take it for the one that failed first
-_WAITING = ("distributed_c10d.py", "mailbox.py", "collectives.py")  # files whose functions wait for other ranks
+LINGER_SECONDS = 1.0  # how long a failed rank still answers; else others would take it for the first that failed
+# Files whose functions wait for other ranks.
+_WAITING = ("distributed_c10d.py", "memory_transport.py", "collectives.py")
 _PACKAGE = str(Path(__file__).parents[1])
 
 
 class PeerError(RuntimeError):
-    """An exchange with other ranks failed; the message names step, operation and the ranks to look at."""
+    """A failed exchange with other ranks; the message names step, operation and the ranks to look at."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Peer:
 
     @property
     def place(self) -> str:
-        """Its host by name, and by address where others reach it: hosts may share a name."""
+        """The host's name, and its address unless that is a local one: hosts may share a name."""
         address = self.address[0]
         return self.host if address.startswith("127.") else f"{self.host} at {address}"
 
@@ -55,12 +56,15 @@ class Peer:
 
 
 class Peers:
-    """This rank's answers and questions. `me` is what the others must know; give all of them to `meet`."""
+    """This rank among the others: it answers their questions and asks its own.
+
+    me: this rank, which the others must know. step: to be kept up to date by the run.
+    """
 
     def __init__(self, rank: int) -> None:
         self.step = 0
         self.others: list[Peer] = []
-        self._told: list[str] = []
+        self._reported: list[str] = []
         self._failure, self._ending = "", False
         self._main = threading.get_ident()
         self._server = socket.create_server(("", 0), backlog=256)
@@ -69,14 +73,15 @@ class Peers:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def meet(self, everyone: list[Peer]) -> None:
-        """From now on the other ranks are known."""
+        """Take all ranks of the run, this one included."""
         self.others = [peer for peer in everyone if peer != self.me]
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """An error in here is told to the others; one of an exchange becomes a PeerError that says who is missing.
+        """Report an error in this context to the other ranks.
 
-        The latter is also on stderr at once, before the process has ended.
+        Raises PeerError instead of the error of a failed exchange, and prints it on stderr at once, before the process
+        has ended.
         """
         try:
             yield
@@ -84,28 +89,28 @@ class Peers:
             self._ending = True
             place = f"step {self.step}, {_place(_frames(error))}"
             if not failed_exchange(error):
-                self._tell(f"{self.me} failed at {place}: {type(error).__name__}: {_short(error)}", self.others)
+                self._report(f"{self.me} failed at {place}: {type(error).__name__}: {_short(error)}", self.others)
                 raise
-            answers = self._each(self.others, {})
-            reason = next(iter(self._told), None) or self._verdict(answers)
-            told = PeerError(f"{place}: {reason}. This is {self.me}, whose exchange ended with: {_short(error)}")
-            print(f"alfb: {told}", file=sys.stderr, flush=True)
-            self._tell(reason, [peer for peer, answer in zip(self.others, answers) if "silent" not in answer])
-            raise told from error
+            answers = self._ask_all(self.others, {})
+            reason = next(iter(self._reported), None) or self._verdict(answers)
+            failure = PeerError(f"{place}: {reason}. This is {self.me}, whose exchange ended with: {_short(error)}")
+            print(f"alfb: {failure}", file=sys.stderr, flush=True)
+            self._report(reason, [peer for peer, answer in zip(self.others, answers) if "silent" not in answer])
+            raise failure from error
 
-    def _each(self, peers: list[Peer], question: dict[str, str]) -> list[dict[str, Any]]:
+    def _ask_all(self, peers: list[Peer], question: dict[str, str]) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(max_workers=64) as pool:
             return list(pool.map(lambda peer: _ask(peer, question), peers))
 
-    def _tell(self, failure: str, peers: list[Peer]) -> None:
-        """These know why this rank ends, and the others can still ask."""
+    def _report(self, failure: str, peers: list[Peer]) -> None:
+        """Send the reason of this rank's end to these peers, and give the others time to ask for it."""
         self._failure = failure
         if peers:
-            self._each(peers, {"failure": failure})
+            self._ask_all(peers, {"failure": failure})
             time.sleep(LINGER_SECONDS)
 
     def _verdict(self, answers: list[dict[str, Any]]) -> str:
-        """Who is to blame for a failed exchange, by what the others say of themselves."""
+        """Return the cause of a failed exchange, by the other ranks' answers."""
         failures = [answer["failure"] for answer in answers if answer.get("failure")]
         if failures:
             return str(failures[0])
@@ -130,7 +135,7 @@ class Peers:
         return {"step": self.step, "where": _place(frames[::-1]), "waits": waits, "failure": self._failure}
 
     def close(self) -> None:
-        """This rank does not answer any more."""
+        """Stop answering."""
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for questions
         self._server.close()
@@ -138,31 +143,31 @@ class Peers:
     def _serve(self) -> None:
         while True:
             try:
-                line = self._server.accept()[0]
+                connection = self._server.accept()[0]
             except OSError:  # closed
                 return
-            with contextlib.suppress(OSError, ValueError), line:
-                line.settimeout(ANSWER_SECONDS)
-                question = json.loads(line.makefile().readline())
+            with contextlib.suppress(OSError, ValueError), connection:
+                connection.settimeout(ANSWER_SECONDS)
+                question = json.loads(connection.makefile().readline())
                 if failure := question.get("failure"):
-                    self._told.append(str(failure))
-                line.sendall(json.dumps(self._position()).encode() + b"\n")
+                    self._reported.append(str(failure))
+                connection.sendall(json.dumps(self._position()).encode() + b"\n")
 
 
 def failed_exchange(error: BaseException) -> bool:
-    """Whether the error is the backend's own, of an exchange that did not come about."""
+    """Return whether the error is the backend's, of an exchange that failed."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _ask(peer: Peer, question: dict[str, str]) -> dict[str, Any]:
-    """The rank's answer, or why there is none under "silent"."""
+    """Return the rank's answer, or the reason why there is none under "silent"."""
     try:
-        with socket.create_connection(peer.address, timeout=ANSWER_SECONDS) as line:
-            line.sendall(json.dumps(question).encode() + b"\n")
-            words = line.makefile().readline()
-            if not words:
+        with socket.create_connection(peer.address, timeout=ANSWER_SECONDS) as connection:
+            connection.sendall(json.dumps(question).encode() + b"\n")
+            text = connection.makefile().readline()
+            if not text:
                 raise ConnectionResetError
-            answer: dict[str, Any] = json.loads(words)
+            answer: dict[str, Any] = json.loads(text)
             return answer
     except TimeoutError:
         return {"silent": "no answer (stopped, or its host is cut off)"}
@@ -173,7 +178,7 @@ def _ask(peer: Peer, question: dict[str, str]) -> dict[str, Any]:
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """What was being called when the error came up, outermost first."""
+    """Return the frames in which the error was raised, outermost first."""
     frames, trace = [], error.__traceback__
     while trace is not None:
         frames.append(trace.tb_frame)
@@ -182,7 +187,7 @@ def _frames(error: BaseException) -> list[FrameType]:
 
 
 def _place(frames: list[FrameType]) -> str:
-    """The outermost and the innermost function of the package among the frames, after the run's loop itself."""
+    """Return the outermost and the innermost function of the package among the frames, below the run's loop."""
     codes = [frame.f_code for frame in frames]
     ours = [code for code in codes if code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__]
     names = [code.co_name for code in ours if not code.co_name.startswith("<")]

@@ -1,4 +1,4 @@
-"""Where the ranks of a run stand: which hosts, which expert-parallel groups, which experts; and is that good?"""
+"""Placement of a run's ranks: their hosts, expert-parallel groups and experts, and whether groups fit their hosts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from itertools import groupby
 
 from alfb_dist.config import ConfigError
 
-ROWS = 16  # of the table at the start of a run; above that ranks share rows
+ROWS = 16  # at most, of the table at the start of a run; with more ranks than that they share rows
 
 
 def spanning_groups(hosts: Sequence[str], ep_degree: int) -> list[list[int]]:
-    """The expert-parallel groups that span hosts although each would fit into one of theirs.
+    """Return the expert-parallel groups that span hosts although one of these hosts has room for the whole group.
 
-    hosts: of each rank, in rank order. Such groups exchange all their rows over the network for nothing.
+    hosts: of each rank, in rank order. Such groups exchange rows over the network without need.
     """
     groups = [list(range(first, first + ep_degree)) for first in range(0, len(hosts), ep_degree)]
     room = {host: sum(other == host for other in hosts) for host in hosts}
@@ -25,9 +25,9 @@ def spanning_groups(hosts: Sequence[str], ep_degree: int) -> list[list[int]]:
 
 
 def check_placement(hosts: Sequence[str], ep_degree: int, rule: str) -> str:
-    """What a person should know of where the experts are, by `parallel.expert_placement`; empty if all is well.
+    """Return a warning if expert-parallel groups span hosts without need, '' if none does or the rule is "any".
 
-    Raises ConfigError if a group spans hosts for nothing and the rule is "node".
+    rule: of `parallel.expert_placement`. Raises ConfigError instead of returning the warning if it is "node".
     """
     spanning = spanning_groups(hosts, ep_degree) if rule != "any" else []
     if not spanning:
@@ -35,20 +35,20 @@ def check_placement(hosts: Sequence[str], ep_degree: int, rule: str) -> str:
     first = spanning[0]
     where = ", ".join(f"{len(list(ranks))} on {host}" for host, ranks in groupby(hosts[rank] for rank in first))
     counts = sorted({sum(other == host for other in hosts) for host in hosts})
-    words = (
+    warning = (
         f"{len(spanning)} of {len(hosts) // ep_degree} expert-parallel groups span hosts, such as ranks {_span(first)} "
-        f"({where}), though parallel.ep_degree ({ep_degree}) fits into one: make the ranks of a host "
+        f"({where}), although parallel.ep_degree ({ep_degree}) fits on one: make the ranks of a host "
         f"({', '.join(map(str, counts))}) a multiple of ep_degree and number them host by host"
     )
     if rule == "node":
-        raise ConfigError(f'parallel.expert_placement = "node": {words}; or take "prefer-node"')
-    return words
+        raise ConfigError(f'parallel.expert_placement = "node": {warning}; or set it to "prefer-node"')
+    return warning
 
 
 def grid_rows(hosts: Sequence[str], ep_degree: int, num_experts: int) -> list[tuple[str, str, str, str]]:
-    """(host, ranks, expert-parallel group, experts) for a table: a row a rank, or a row for a group's ranks on a host.
+    """Return rows (host, ranks, expert-parallel group, experts): one for each rank, or for a group's ranks on a host.
 
-    Longer tables are cut, with how many rows are left out.
+    A longer table is cut in the middle, with the number of rows left out.
     """
     each = num_experts // ep_degree
     rows = []

@@ -1,4 +1,4 @@
-"""Who this process is (rank, world, local rank), as the launcher that started it tells."""
+"""Rank, world size and local rank of this process, from the launcher that started it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import os
 import re
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import psutil
 
 from alfb_dist.distributed.network import own_address
 
@@ -24,12 +18,9 @@ _PMI = ("PMI_RANK", "PMI_SIZE")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")  # the latter is set by srun, not in a batch script
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
-_LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torchrun"}
-_LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "mpirun", "mpiexec", "prterun", "prted"}
-
 
 def launched_world() -> tuple[int, int]:
-    """(rank, world size) as the launcher has set them in the environment; (0, 1) without one."""
+    """Return (rank, world size) from the launcher's environment variables; (0, 1) without a launcher."""
     for rank, size in (VARIABLES[:2], _MPI, _SLURM, _PMI):
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
@@ -37,21 +28,22 @@ def launched_world() -> tuple[int, int]:
 
 
 def local_size() -> int:
-    """How many ranks run on this host, as far as the launcher tells."""
+    """Return the number of ranks on this host, 1 if the launcher does not give it."""
     if "SLURM_STEP_TASKS_PER_NODE" in os.environ and _by_srun():
         return _tasks_here(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ.get("SLURM_NODEID", "0")))
     return next((int(os.environ[name]) for name in _LOCAL_SIZES if name in os.environ), 1)
 
 
 def discover() -> tuple[int, int, int]:
-    """(rank, world size, local rank), with the variables that torch.distributed reads set in the environment.
+    """Return (rank, world size, local rank), and set the environment variables that torch.distributed reads.
 
-    The deepspeed launcher and torchrun set them; under srun they follow from Slurm's, under mpirun they are found
-    through mpi4py. A plain process is a world of one. Raises RuntimeError if started by mpirun without mpi4py.
+    The deepspeed launcher and torchrun set them; under srun they follow from Slurm's, under mpirun mpi4py gives them.
+    A process without a launcher is a world of one. Raises RuntimeError if started by mpirun without mpi4py, or if the
+    launcher set only some of the variables.
     """
     if not all(name in os.environ for name in VARIABLES):
         if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-            pass  # a launcher that sets only some of them: told below
+            pass  # some may be missing, see below
         elif _MPI[1] in os.environ:
             _discover_mpi()
         elif _by_srun():
@@ -68,19 +60,19 @@ def discover() -> tuple[int, int, int]:
 
 
 def free_port() -> int:
-    """A port that no process listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as s:
         s.bind(("", 0))
         return int(s.getsockname()[1])
 
 
 def _discover_mpi() -> None:
-    """The ranks meet at the first one's host: at its address toward MASTER_ADDR if that is set, else by its name.
+    """Let the ranks meet at the first one's host: at its address toward MASTER_ADDR if that is set, else by its name.
 
-    Which ranks share a host is the launcher's word where it has one: Open MPI itself takes hosts of one name for one,
+    The launcher's local ranks are used where it sets them: Open MPI itself takes hosts of the same name for one host,
     and then fails in its collectives.
     """
-    ours = "mpi4py.MPI" not in sys.modules  # imported here, MPI starts here
+    started_here = "mpi4py.MPI" not in sys.modules  # its import starts MPI
     try:
         from mpi4py import MPI
     except ImportError as e:
@@ -95,8 +87,8 @@ def _discover_mpi() -> None:
     address = here if world.size > size_here else "127.0.0.1"
     address, port = world.bcast((address, free_port()), root=0)
     values = (world.rank, world.size, local_rank, address, port)
-    if ours:
-        MPI.Finalize()  # nothing more is asked of MPI, which would abort the ranks with a killed mpirun
+    if started_here:
+        MPI.Finalize()  # MPI is not needed any more, and would abort the ranks of a killed mpirun
     os.environ.update(zip(VARIABLES, map(str, values)))
 
 
@@ -105,56 +97,24 @@ def _by_srun() -> bool:
 
 
 def _discover_slurm() -> None:
-    """One host: any free port would do, but the ranks must agree on it without talking, so it follows from the job."""
+    """Derive the port from the job's number, since the ranks must choose the same one without communicating."""
     step = os.environ
     address = step.get("MASTER_ADDR") or first_host(step.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     number = int(step.get("SLURM_JOB_ID", "0")) * 16 + int(step.get("SLURM_STEP_ID", "0"))
-    port = step.get("MASTER_PORT") or str(20_000 + number % 12_000)  # below the ports that systems give away
+    port = step.get("MASTER_PORT") or str(20_000 + number % 12_000)  # below the ports that systems assign
     values = (step["SLURM_PROCID"], step["SLURM_STEP_NUM_TASKS"], step.get("SLURM_LOCALID", "0"), address, port)
     os.environ.update(zip(VARIABLES, values))
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list such as "gpu[007-009,12]-ib,login1": gpu007-ib."""
+    """Return the first host of a Slurm node list such as "gpu[007-009,12]-ib,login1": gpu007-ib."""
     head = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodelist)
     return "".join(part or "" for part in head.groups()) if head else nodelist
 
 
 def _tasks_here(counts: str, node: int) -> int:
-    """The tasks on a node by Slurm's list of counts such as "4(x2),3": 4 on nodes 0 and 1, 3 on node 2."""
+    """Return the number of tasks on a node by Slurm's list such as "4(x2),3": 4 on nodes 0 and 1, 3 on node 2."""
     each: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         each += [int(count)] * int(times or 1)
     return each[node] if node < len(each) else 1
-
-
-def launchers() -> list[psutil.Process]:
-    """The launcher processes above this one on its host, from the parent upward."""
-    found = []
-    for process in psutil.Process().parents():
-        try:
-            words = {Path(word).name for word in process.cmdline()[:4]}
-        except psutil.Error:
-            break
-        if not words & _LAUNCHERS:
-            break
-        found.append(process)
-    return found
-
-
-def watch(processes: list[psutil.Process], gone: Callable[[], None], *, every_seconds: float = 0.5) -> None:
-    """`gone` will be called once, from a thread, when the first of the processes has ended."""
-
-    def ended(process: psutil.Process) -> bool:
-        try:
-            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def poll() -> None:
-        while not any(ended(process) for process in processes):
-            time.sleep(every_seconds)
-        gone()
-
-    if processes:
-        threading.Thread(target=poll, daemon=True).start()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from alfb_dist.balance.update_rule import Schedule, check_rule, rate_schedule, update_bias
-from alfb_dist.config.settings import Balancing
 from alfb_dist.distributed.collectives import Group, all_sum, broadcast_, size, world_group
 from alfb_dist.engine.autoep import watch_autoep
+from alfb_dist.engine.balancing import Balancing
 from alfb_dist.engine.patches import patch_engine
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.moe.sharded_experts import sharded_experts
@@ -87,7 +87,8 @@ class Balancer:
         return balancer
 
     def _start(self, engine_or_model: Any, balancing: Balancing, group: Group) -> None:
-        self.balancing, self._rate = balancing, rate_of(balancing)
+        self.rule, self.centered = balancing.rule, balancing.centered
+        self.rate: float | Schedule = rate_of(balancing)
         self.group = group or world_group()
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module
@@ -196,9 +197,9 @@ class Balancer:
             return False
         if load_LE is self._last_update_LE:
             raise ValueError("this load has already moved the biases: call reduce_loads() after every optimizer step")
-        rate, bias_LE = self._rate(self.num_steps), self.bias_LE
-        rule, centered = self.balancing.rule, self.balancing.centered
-        moved_LE = update_bias(bias_LE, load_LE, rate=rate, rule=rule, centered=centered)
+        rate = self.rate(self.num_steps) if callable(self.rate) else self.rate
+        bias_LE = self.bias_LE
+        moved_LE = update_bias(bias_LE, load_LE, rate=rate, rule=self.rule, centered=self.centered)
         self._set_bias(torch.where(self._has_mode("freeze"), bias_LE, moved_LE))
         self.num_steps += 1
         self._last_update_LE = load_LE

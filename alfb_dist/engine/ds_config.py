@@ -15,8 +15,9 @@ import torch
 from alfb_dist.config import Config, read_section
 from alfb_dist.config.deepspeed_json import SECTION, read_deepspeed_json
 from alfb_dist.config.keys import DEEPSPEED_KEYS, DERIVED_KEYS
-from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.config.text import nearest
+from alfb_dist.engine.balancing import Balancing
+from alfb_dist.moe.sharding import Sharding
 
 Part = TypeVar("Part", Sharding, Balancing)
 

@@ -16,13 +16,14 @@ import deepspeed
 from torch import nn
 
 from alfb_dist.balance.update_rule import Schedule
-from alfb_dist.config.settings import Balancing, Sharding
-from alfb_dist.cpu.attention import choose_attention
 from alfb_dist.distributed.collectives import known_groups, set_timeouts
+from alfb_dist.engine.attention import choose_attention
 from alfb_dist.engine.balancer import Balancer, rate_of
+from alfb_dist.engine.balancing import Balancing
 from alfb_dist.engine.ds_config import check_ds_config, read_ds_config, with_defaults, with_section
 from alfb_dist.moe.parallelize import shard_model
 from alfb_dist.moe.sharded_experts import sharded_experts
+from alfb_dist.moe.sharding import Sharding
 
 
 def start_without_compiler() -> None:

@@ -39,7 +39,7 @@ def in_chunks(
         most_tokens = busiest = num_tokens
     else:
         rows_P = destinations(expert_ids_TK, num_local_experts, num_ranks).sum(1).tolist()
-        tokens, *rows = zip(*exchange.tell_all([num_tokens, *rows_P], x_TD.device))
+        tokens, *rows = zip(*exchange.all_gather([num_tokens, *rows_P], x_TD.device))
         most_tokens, busiest = max(tokens), max(map(sum, rows))
     if busiest <= max_rows:
         return compute(x_TD, expert_ids_TK, weights_TK)

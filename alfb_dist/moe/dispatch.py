@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.cpu import allocator as arena
-from alfb_dist.distributed.all_to_all import Exchange, Underway
-from alfb_dist.moe.permute import add_up, plan
+from alfb_dist import cpu
+from alfb_dist.distributed.all_to_all import Exchange, Handle
+from alfb_dist.moe.permute import plan_rows, sum_rows
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Sent:
     route: Route | None = None
     slot_counts: list[int] | None = None  # filled slots for each rank; once received, from each rank
     ticket: Tensor | None = None  # one number, through which the backward of `receive` reaches that of `send`
-    underway: Underway | None = None  # in the forward the rows, in the backward their gradients
+    underway: Handle | None = None  # in the forward the rows, in the backward their gradients
     own_grads: tuple[Tensor, Tensor] | None = None  # in the backward, of the rows that stay on this rank
 
 
@@ -66,7 +66,7 @@ def send(
     """
     if exchange is None or exchange.num_ranks == 1:
         return Sent(x_TD, weights_TK, expert_ids_TK)
-    rows = plan(expert_ids_TK, weights_TK.detach(), num_local_experts, exchange.num_ranks)
+    rows = plan_rows(expert_ids_TK, weights_TK.detach(), num_local_experts, exchange.num_ranks)
     route = Route(exchange, x_TD.shape[0], rows.token_N, rows.empty_NK, rows.row_counts, [])
     sent = Sent(x_TD.detach(), rows.weights_NK, rows.ids_NK, route, rows.slot_counts)
     sent.ticket = _Send.apply(x_TD, weights_TK, sent)
@@ -92,7 +92,10 @@ def combine(rows_RD: Tensor, route: Route | None) -> Tensor:
 
 def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     """Return the rows of all ranks in rank order, this rank's being those of its tokens: (R, D)."""
-    rows_RD = arena.empty((sum(route.receive_counts), x_TD.shape[1]), x_TD)
+    shape = (sum(route.receive_counts), x_TD.shape[1])
+    rows_RD = cpu.empty(shape, x_TD)
+    if rows_RD is None:
+        rows_RD = x_TD.new_empty(shape)
     for rank, (part, rows) in enumerate(zip(_parts(route.receive_counts), arrived)):
         if rank == route.rank:
             mine_N = route.token_N[_parts(route.send_counts)[rank]]
@@ -113,7 +116,7 @@ def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     own = rows_RD[_parts(route.receive_counts)[route.rank]]
     tokens = [route.token_N[part] for part in _parts(route.send_counts)]
     rows = [own if rank == route.rank else part for rank, part in enumerate(arrived)]
-    return add_up(list(zip(tokens, rows)), route.num_tokens)
+    return sum_rows(list(zip(tokens, rows)), route.num_tokens)
 
 
 class _Send(torch.autograd.Function):
@@ -173,11 +176,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        arrived, _ = route.exchange.swap([(rows_RD, None)], route.receive_counts, route.send_counts)
+        arrived, _ = route.exchange.all_to_all([(rows_RD, None)], route.receive_counts, route.send_counts)
         return _add_up(rows_RD, [rows for (rows,) in arrived], route)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         route, (grad_TD,) = ctx.route, grads
-        arrived, _ = route.exchange.swap([(grad_TD, route.token_N)], route.send_counts, route.receive_counts)
+        arrived, _ = route.exchange.all_to_all([(grad_TD, route.token_N)], route.send_counts, route.receive_counts)
         return _gather(grad_TD, [rows for (rows,) in arrived], route), None

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from alfb_dist.config.settings import Sharding
-from alfb_dist.cpu import experts as native
+from alfb_dist import cpu
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.collectives import size, world_group
 from alfb_dist.distributed.topology import make_grid
@@ -19,6 +18,7 @@ from alfb_dist.moe.families.experts import is_swiglu, why_whole
 from alfb_dist.moe.gate import AuxLosses, BalancedGate, balance_gate
 from alfb_dist.moe.mixin import mix
 from alfb_dist.moe.sharded_experts import ShardedExperts, sharded_experts
+from alfb_dist.moe.sharding import Sharding
 from alfb_dist.moe.shared_experts import CompiledShared, is_shared_swiglu, shared_name
 from alfb_dist.moe.shared_overlap import overlap_shared_experts
 
@@ -75,7 +75,7 @@ def watch(model: nn.Module, aux: AuxLosses | None = None) -> list[BalancedGate]:
 def _compile_shared(block: nn.Module) -> None:
     """Let the block's shared experts run by the compiled kernels, if there are any and the experts are SwiGLU."""
     name = shared_name(block)
-    if name is not None and native.library() is not None:
+    if name is not None and cpu.has_kernels():
         shared = block.get_submodule(name)
         if not isinstance(shared, CompiledShared) and is_shared_swiglu(shared):
             mix(shared, CompiledShared)

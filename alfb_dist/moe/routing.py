@@ -8,14 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from alfb_dist import cpu
 from alfb_dist.balance.router import RouterSpec, float32_logits, weights_and_ids
-from alfb_dist.cpu import allocator as arena
-from alfb_dist.cpu import experts as native
 from alfb_dist.moe.families.probe import probe_top_k
 from alfb_dist.moe.topk_bias import BiasedTopK, TopKSpec
 
@@ -94,29 +90,8 @@ def choose_router(gate: Any, bias_name: str, holder: nn.Module, exact: RouterSpe
     return BiasedFamilyRouter(top_k)
 
 
-class _Logits(torch.autograd.Function):
-    """torch's own product, since its bits decide on experts; the backward runs by the experts' compiled kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD.contiguous(), weight_ED.contiguous())
-        return functional.linear(x_TD, weight_ED)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x_TD, weight_ED = ctx.saved_tensors
-        x_needs, weight_needs = ctx.needs_input_grad
-        grad_x_TD = arena.empty(x_TD.shape, x_TD) if x_needs else None
-        grad_weight_ED = torch.empty_like(weight_ED) if weight_needs else None
-        sizes = (len(x_TD), *weight_ED.shape)
-        native.call("linear_backward", *sizes, x_TD, weight_ED, grads[0].contiguous(), grad_x_TD, grad_weight_ED)
-        return grad_x_TD, grad_weight_ED
-
-
 def gate_logits(hidden_states: Tensor, weight_ED: Tensor) -> Tensor:
     """Return `float32_logits`, to the bit, with a compiled backward where there is one: (T, E)."""
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    if native.traced() or not native.readable(x_TD, weight_ED):
-        return float32_logits(x_TD, weight_ED)
-    return _Logits.apply(x_TD, weight_ED)
+    logits_TE = cpu.gate_logits(x_TD, weight_ED)
+    return float32_logits(x_TD, weight_ED) if logits_TE is None else logits_TE

@@ -9,7 +9,6 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from alfb_dist.config.settings import Sharding
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.topology import Grid, grid_ranks
 from alfb_dist.moe.chunked import in_chunks
@@ -17,6 +16,7 @@ from alfb_dist.moe.dispatch import Sent, combine, receive, send
 from alfb_dist.moe.experts import expert_mlp
 from alfb_dist.moe.families.experts import activation, count_experts, expert_rows, family_mlp, is_swiglu, part_of
 from alfb_dist.moe.frozen_experts import allow_frozen_experts
+from alfb_dist.moe.sharding import Sharding
 from alfb_dist.moe.shared_overlap import OverlappedSharedExperts
 from alfb_dist.profiling import span
 

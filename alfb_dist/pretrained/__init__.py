@@ -1,6 +1,6 @@
-"""Models in transformers' form: read by ranks that hold a part each, written again, and converted.
+"""Models as transformers directories: read and written by ranks that hold a share each, and converted.
 
-A folder has config.json and safetensors files. Nothing is fetched from a network, and nothing in it can run code.
+A directory has config.json and safetensors files. Nothing is fetched from a network, and no code in it is run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported on first use."""
+    """Import a name on first use."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"alfb_dist.pretrained.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'alfb_dist.pretrained' has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""A model written anew as a transformers folder: from a run's checkpoint, or from a folder in another layout.
+"""Convert a run's checkpoint, or a transformers directory in another layout, to a transformers directory.
 
-One process, tensor by tensor, without other ranks.
+In one process, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from alfb_dist.pretrained.folder import (
     write_small_files,
 )
 from alfb_dist.pretrained.fp8 import QUANTIZED
-from alfb_dist.pretrained.loading import homeless_biases, open_model
+from alfb_dist.pretrained.loading import extra_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, float32_names, is_bias, shapes_of
 from alfb_dist.pretrained.outputs import Piece, plan_outputs
 from alfb_dist.pretrained.weights import ModelWeights
-from alfb_dist.pretrained.writing import MAX_SHARD_BYTES, cut, publish_folder, start_folder, write_index, write_shards
+from alfb_dist.pretrained.writing import (
+    MAX_SHARD_BYTES,
+    plan_shards,
+    publish_folder,
+    start_folder,
+    write_index,
+    write_shards,
+)
 
 
 def to_hf(
@@ -40,21 +47,21 @@ def to_hf(
     overwrite: bool = False,
     origin: Path | None = None,
 ) -> None:
-    """The weights and biases of a checkpoint (a folder step-XXXXXXXX) are in a folder that transformers loads.
+    """Write the weights and biases of a checkpoint (a directory step-XXXXXXXX) as a directory that transformers loads.
 
-    config: transformers' configuration of the model. dtype: of the weights; biases, and what the family keeps so, are
-    float32. layout, bias_sidecar: as in `save_pretrained`. origin: the folder that the run started from, whose
-    tokenizer and generation settings come along.
-    ValueError if the checkpoint is damaged, of another model, or holds biases without a place.
+    config: transformers' configuration of the model. dtype: of the weights; biases, and what the family keeps in
+    float32, are float32. layout, bias_sidecar: as in `save_pretrained`. origin: the directory that the run started
+    from, whose tokenizer and generation settings are copied.
+    Raises ValueError if the checkpoint is damaged, of another model, or has biases that the family does not have.
     """
     template = meta_model(config)
     weights = CheckpointWeights(checkpoint, template)
-    if weights.homeless and not bias_sidecar:
+    if weights.extra_biases and not bias_sidecar:
         raise ValueError(
-            f"{next(iter(weights.homeless))} has no place in the format of {type(template).__name__}: with a bias "
-            f"sidecar it goes to {SIDECAR}, which only alfb_dist reads; transformers then routes without it"
+            f"{next(iter(weights.extra_biases))} has no place in the format of {type(template).__name__}: write a bias "
+            f"sidecar, {SIDECAR}, which only alfb_dist reads; transformers then routes without it"
         )
-    _write(weights, template, path, dtype, layout, max_shard_bytes, overwrite, origin, weights.homeless)
+    _write(weights, template, path, dtype, layout, max_shard_bytes, overwrite, origin, weights.extra_biases)
 
 
 def relayout(
@@ -65,14 +72,14 @@ def relayout(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """The model of a transformers folder is in another folder, its experts in this layout, files of this size.
+    """Write the model of a transformers directory to another, with its experts in this layout and files of this size.
 
-    Tensors keep their types, but for biases, which are float32, and weights in 8 or 4 bits, which are dequantised to
-    the type of the configuration. ValueError, before anything is written, where `from_pretrained` would raise one.
+    Tensors keep their types, except biases, which become float32, and weights in 8 or 4 bits, which are dequantised to
+    the type of the configuration. Raises ValueError as `from_pretrained` does, before anything is written.
     """
     template, weights, dtype = open_model(folder)
     template.config.dtype = dtype
-    sidecar = homeless_biases(folder, weights)
+    sidecar = extra_biases(folder, weights)
     _write(weights, template, path, None, layout, max_shard_bytes, overwrite, folder, sidecar)
 
 
@@ -89,7 +96,7 @@ def _write(
 ) -> None:
     outputs = plan_outputs(template, set(expert_counts(template)), layout)
     dtypes = _dtypes(weights, template, dtype)
-    shards = cut(outputs, dtypes, max_shard_bytes)
+    shards = plan_shards(outputs, dtypes, max_shard_bytes)
     reader = _Reader(weights, shapes_of(template), dtypes)
     tmp = start_folder(path, overwrite=overwrite)
     try:
@@ -107,7 +114,7 @@ def _write(
 
 
 def _dtypes(weights: ModelWeights, template: Any, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The type that each tensor is written in. dtype: of weights; that in which they are stored, unless given."""
+    """Return the type in which each tensor is written. dtype: of weights; None keeps the type stored."""
     wide = float32_names(template, dtype or template.config.dtype) if dtype else set()
     found = {}
     for name in weights.names:
@@ -120,7 +127,7 @@ def _dtypes(weights: ModelWeights, template: Any, dtype: torch.dtype | None) -> 
 
 
 class _Reader:
-    """Reads pieces of a model's tensors, a whole tensor or a whole expert at a time, of which it keeps the last."""
+    """Reads pieces of a model's tensors, by whole tensors or experts, and keeps the last of these."""
 
     def __init__(
         self, weights: ModelWeights, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
@@ -130,10 +137,10 @@ class _Reader:
         self._tensor = torch.empty(0)
 
     def piece(self, piece: Piece) -> Tensor:
-        """Its values, flat."""
+        """Return the values of a piece, flat."""
         if self._last != (piece.parameter, piece.expert):
             shape = self._shapes[piece.parameter]
-            self._tensor = torch.empty(0)  # before the next is there
+            self._tensor = torch.empty(0)  # freed before the next is read
             whole = torch.empty(shape if piece.expert is None else (1, *shape[1:]), dtype=self._dtypes[piece.parameter])
             self._weights.fill(whole, piece.parameter, piece.expert or 0)
             self._last, self._tensor = (piece.parameter, piece.expert), whole.view(-1)

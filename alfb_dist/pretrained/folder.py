@@ -1,4 +1,4 @@
-"""The small files of a transformers folder: what model it is, and what belongs to a model beside its weights."""
+"""The small files of a transformers directory: the configuration, and all else except the weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from alfb_dist.checkpoint.safetensors_file import write_tensors
+from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
 from alfb_dist.pretrained.fp8 import FLOAT8, block_size
-from alfb_dist.pretrained.source import Source
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SIDECAR = "alfb_bias.safetensors"
-"""Selection biases, float32 by the model's names, of a family whose own files have no place for them."""
+"""Selection biases, float32 by the model's names, of a family whose own model does not have them."""
 
-_CARRIED = (
+_COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -37,19 +37,19 @@ _CARRIED = (
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """What config.json says. ValueError if there is none, or it holds no object."""
+    """Return the content of config.json. Raises ValueError if it is missing or not a JSON object."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; models are read from local folders, nothing is fetched")
+        raise ValueError(f"{folder} has no {CONFIG}: give a local directory, nothing is fetched")
     values = json.loads((folder / CONFIG).read_text())
     if not isinstance(values, dict):
-        raise ValueError(f"{folder / CONFIG} holds no JSON object")
+        raise ValueError(f"{folder / CONFIG} must hold a JSON object")
     return values
 
 
 def foreign_type(values: dict[str, Any]) -> str | None:
-    """transformers' name for a model whose model_type it does not know (kimi_k2), but whose class it has.
+    """Return transformers' model type for a model_type that it does not know (kimi_k2) but whose class it has, or None.
 
-    Such a folder brings code of its own, which is not run; its `architectures` say what the model is.
+    Such a directory comes with code of its own, which is not run; its `architectures` name the class.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -61,9 +61,9 @@ def foreign_type(values: dict[str, Any]) -> str | None:
 
 
 def read_config(folder: Path) -> tuple[Any, tuple[int, int]]:
-    """A folder's configuration, without its quantisation, and the block size of that. ValueError if there is none.
+    """Return the configuration of a directory without its quantisation, and the block size of that.
 
-    Code that the folder may bring along is not run.
+    No code in the directory is run. Raises ValueError if transformers does not know the model.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> tuple[Any, tuple[int, int]]:
     elif values.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
             f"{folder}: transformers knows neither the model_type {values.get('model_type')!r} nor the architectures "
-            f"{values.get('architectures')}; code that a folder brings along is not run"
+            f"{values.get('architectures')}; the directory's own code is not run"
         )
     else:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -85,8 +85,8 @@ def read_config(folder: Path) -> tuple[Any, tuple[int, int]]:
     return config, block
 
 
-def choose_dtype(dtype: torch.dtype | str | None, config: Any, source: Source) -> torch.dtype:
-    """The type asked for, or that of the configuration, or that of the files' first float tensor."""
+def choose_dtype(dtype: torch.dtype | str | None, config: Any, reader: SafetensorsReader) -> torch.dtype:
+    """Return the type asked for, or that of the configuration, or that of the files' first float tensor."""
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype.removeprefix("torch."), None)
         if not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -96,13 +96,13 @@ def choose_dtype(dtype: torch.dtype | str | None, config: Any, source: Source) -
         return dtype
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    floats = (s.dtype for s in source.tensors.values() if s.dtype.is_floating_point)
+    floats = (s.dtype for s in reader.tensors.values() if s.dtype.is_floating_point)
     first = next(floats, torch.float32)
     return torch.bfloat16 if first == FLOAT8 else first
 
 
 def meta_model(config: Any, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> Any:
-    """A causal language model of this configuration with shapes but without memory."""
+    """Return a causal language model of this configuration on the meta device."""
     from transformers import AutoModelForCausalLM
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -111,7 +111,7 @@ def meta_model(config: Any, dtype: torch.dtype | None = None, attn_implementatio
 
 
 def read_generation_config(model: Any, folder: Path) -> None:
-    """The model generates as its folder says, if it does."""
+    """Set the model's generation settings to those of the directory, if it has any."""
     from transformers import GenerationConfig
 
     if (folder / GENERATION).is_file() and model.can_generate():
@@ -119,20 +119,17 @@ def read_generation_config(model: Any, folder: Path) -> None:
 
 
 def write_small_files(folder: Path, model: Any, dtype: torch.dtype, origin: Path | None) -> None:
-    """The folder has the model's configuration and generation settings, and of its origin the tokenizer's files."""
+    """Write the model's configuration and generation settings, and copy the tokenizer's files of its origin."""
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], dtype
-    for name in (
-        "quantization_config",
-        "auto_map",
-    ):  # neither is true of what is written: the class is transformers' own
+    for name in ("quantization_config", "auto_map"):  # the weights are floats, and the class is transformers' own
         if hasattr(config, name):
             delattr(config, name)
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     if origin is not None and origin.is_dir():
-        for pattern in _CARRIED:
+        for pattern in _COPIED:
             for path in sorted(origin.glob(pattern)):
                 if path.is_file() and not (folder / path.name).exists():
                     shutil.copyfile(path, folder / path.name)
@@ -141,16 +138,13 @@ def write_small_files(folder: Path, model: Any, dtype: torch.dtype, origin: Path
 
 
 def write_sidecar(folder: Path, biases: dict[str, Tensor]) -> None:
-    """The folder has these biases, float32, in a file of their own."""
-    writer = SafetensorsWriter(folder / SIDECAR, [Entry(n, "F32", tuple(x.shape)) for n, x in biases.items()])
-    for name, bias in biases.items():
-        writer.put(name, bias)
-    writer.finish()
+    """Write these biases, float32, to a file of their own."""
+    write_tensors(folder / SIDECAR, biases)
 
 
 def read_sidecar(folder: Path) -> dict[str, Tensor]:
-    """The biases that lie beside a model in its folder, by name; none if there is no such file."""
+    """Return the biases of the sidecar file by name; empty if there is none."""
     if not (folder / SIDECAR).is_file():
         return {}
-    source = Source([folder / SIDECAR])
-    return {name: source.read(name) for name in source.tensors}
+    reader = SafetensorsReader([folder / SIDECAR])
+    return {name: reader.read(name) for name in reader.tensors}

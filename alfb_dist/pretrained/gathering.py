@@ -1,7 +1,8 @@
-"""Pieces of a model's tensors, brought from the ranks that hold them to those that write them, a few at a time."""
+"""Pieces of a model's tensors, gathered from the ranks that hold them by those that write them, a batch at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,25 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.distributed.collectives import (
-    Group,
-    all_to_all_rows,
-    broadcast_object,
-    exchange_row_counts,
-    gather_objects,
-    group_rank,
-    size,
-)
+from alfb_dist.checkpoint.gathering import Gatherer, Request
+from alfb_dist.distributed.collectives import Group, group_rank
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.outputs import Piece
 
 BATCH_BYTES, LEAST_BYTES = 4 << 20, 1 << 20
-"""How much all writers together are sent at a time, and the least that each of them is sent."""
+"""Bytes that all writers together are sent at a time, and the least for each of them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's part of a tensor: elements start, start + 1, ... of the tensor flattened, as this rank has it."""
+    """This rank's elements of a flattened tensor, from element `start` on."""
 
     flat: Tensor
     start: int = 0
@@ -35,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Experts:
-    """How a tensor is cut over ranks: experts in all and on each, elements of an expert."""
+    """How a tensor is sharded: experts in total and on each rank, and elements of an expert."""
 
     num_experts: int
     num_local: int
@@ -43,9 +37,9 @@ class _Experts:
 
 
 def batches(waiting: list[list[Piece]], widths: Mapping[str, int]) -> Iterator[list[tuple[int, Piece]]]:
-    """(writer, piece) of every writer's pieces in order, a few at a time, large ones cut.
+    """Yield (writer, piece) of every writer's pieces in order, a batch at a time, with large pieces divided.
 
-    widths: bytes of an element, by the names of tensors.
+    widths: bytes of an element by name of the tensor.
     """
     queues, room = [list(reversed(queue)) for queue in waiting], max(LEAST_BYTES, BATCH_BYTES // len(waiting))
     while any(queues):
@@ -62,94 +56,63 @@ def batches(waiting: list[list[Piece]], widths: Mapping[str, int]) -> Iterator[l
         yield batch
 
 
-class Gatherer:
-    """Brings pieces to their writers. Making one is collective."""
+class PieceGatherer:
+    """Brings pieces of a model's tensors to the ranks that write them."""
 
     def __init__(self, model: Any, parts: Mapping[str, Part], group: Group, device: torch.device) -> None:
-        """parts: what this rank holds, by the names of the model's tensors."""
-        self._parts, self._group, self._device = parts, group, device
-        self._rank, self._ep = group_rank(group), 1
+        """Share with all ranks what this one holds; collective.
+
+        parts: what this rank holds, by the names of the model's tensors. device: of the group's backend.
+        """
+        self._parts, self._rank, ep_degree = parts, group_rank(group), 1
         self._experts: dict[str, _Experts] = {}
         for name, module in sharded_experts(model):
-            self._ep = module.ep_size
+            ep_degree = module.ep_size
             for parameter, p in module.named_parameters():
                 self._experts[f"{name}.{parameter}"] = _Experts(
                     module.num_experts, module.num_local_experts, p[0].numel()
                 )
         self._sizes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        mine = {name: (part.start, part.start + part.flat.numel()) for name, part in parts.items()}
-        self._spans: list[dict[str, tuple[int, int]]] = broadcast_object(gather_objects(mine, group), group)
+        held = {name: (part.start, part.start + part.flat.numel()) for name, part in parts.items()}
+        self._gatherer = Gatherer(held, self._read, ep_degree, group, device)
 
-    def _place(self, piece: Piece) -> tuple[int | None, int, int]:
-        """(position in the expert-parallel group, first, end) of a piece in its holders' flattened tensors."""
+    def _read(self, request: Request, start: int, stop: int) -> Tensor:
+        part = self._parts[request.parameter]
+        return part.flat[start - part.start : stop - part.start]
+
+    def _place(self, piece: Piece) -> tuple[int | None, int]:
+        """Return (expert-parallel position, first element) of a piece in its holders' flattened tensors."""
         if piece.expert is None:
-            return None, piece.start, piece.stop
+            return None, piece.start
         experts = self._experts.get(piece.parameter)
         if experts is None:
-            first = piece.expert * (torch.Size(self._sizes[piece.parameter][1:]).numel())
-            return None, first + piece.start, first + piece.stop
+            return None, piece.expert * math.prod(self._sizes[piece.parameter][1:]) + piece.start
         position, local = divmod(piece.expert, experts.num_local)
-        return position, local * experts.size + piece.start, local * experts.size + piece.stop
+        return position, local * experts.size + piece.start
 
-    def _sources(self, writer: int, piece: Piece) -> list[tuple[int, int, int]]:
-        """(rank, first, end) of the stretches that make up the piece, each from the holder nearest to the writer.
-
-        None of a piece that belongs to no expert (LongCat): it is never read, and written as 0.
-        """
+    def _request(self, writer: int, piece: Piece) -> Request | None:
+        """Return what has to be gathered of a piece; None if no rank holds it (rows of no expert, LongCat)."""
         experts = self._experts.get(piece.parameter)
         if experts is not None and piece.expert is not None and piece.expert >= experts.num_experts:
-            return []
-        position, at, end = self._place(piece)
-        ranks = [r for r in range(len(self._spans)) if position is None or r % self._ep == position]
-        ranks.sort(key=lambda r: (r != writer, r // self._ep != writer // self._ep, r))
-        found = []
-        while at < end:
-            spans = ((r, *self._spans[r].get(piece.parameter, (0, 0))) for r in ranks)
-            rank, stop = next(((r, high) for r, low, high in spans if low <= at < high), (None, 0))
-            if rank is None:
-                raise RuntimeError(f"no rank holds element {at} of {piece.parameter} (expert {piece.expert})")
-            found.append((rank, at, min(stop, end)))
-            at = found[-1][2]
-        return found
+            return None
+        position, first = self._place(piece)
+        stop, width = first + piece.stop - piece.start, self._parts[piece.parameter].flat.element_size()
+        return Request(writer, piece.parameter, "weight", position, first, stop, width)
 
-    def _own(self, piece: Piece, first: int, end: int) -> Tensor:
-        part = self._parts[piece.parameter]
-        return part.flat[first - part.start : end - part.start].contiguous().view(torch.uint8)
-
-    @torch.no_grad()
     def gather(self, batch: Sequence[tuple[int, Piece]]) -> list[Tensor]:
-        """The bytes of those pieces that this rank writes, in order, on CPU; collective. Valid until the next call."""
-        outgoing: list[list[Tensor]] = [[] for _ in range(size(self._group))]
-        found: list[Tensor] = []
-        expected: list[tuple[int, Tensor]] = []
-        for writer, piece in batch:
-            width = self._parts[piece.parameter].flat.element_size()
-            sources = self._sources(writer, piece)
-            if writer == self._rank and [rank for rank, _, _ in sources] == [writer]:
-                found.append(self._own(piece, *sources[0][1:]).cpu())  # what stays here is neither sent nor copied
-                continue
-            if writer == self._rank:
-                found.append(torch.zeros((piece.stop - piece.start) * width, dtype=torch.uint8))
-                sizes = [(end - first) * width for _, first, end in sources]
-                expected += [(r, x) for (r, _, _), x in zip(sources, found[-1].split(sizes) if sizes else [])]
-            for rank, first, end in sources:
-                if rank == self._rank:
-                    outgoing[writer].append(self._own(piece, first, end))
-        self._exchange(outgoing, expected)
-        return found
+        """Return the bytes of the pieces that this rank writes, in order, on CPU; collective.
 
-    def _exchange(self, outgoing: list[list[Tensor]], expected: list[tuple[int, Tensor]]) -> None:
-        """Each of the expected tensors holds what its rank sent for it. outgoing: by rank, what is sent to it."""
-        if self._group is None:
-            return
-        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
-        sizes = [sum(x.numel() for x in parts) for parts in outgoing]
-        sent = torch.cat([nothing, *(x.to(self._device) for parts in outgoing for x in parts)])
-        promised = exchange_row_counts(sizes, sent.numel(), self._group, self._device)
-        counts = [sum(x.numel() for rank, x in expected if rank == r) for r in range(len(sizes))]
-        if promised != counts:
-            raise RuntimeError(f"ranks send {promised} bytes of weights, expected {counts}")
-        received = list(all_to_all_rows(sent, sizes, promised, self._group).cpu().split(promised))
-        for rank, x in expected:
-            x.copy_(received[rank][: x.numel()])
-            received[rank] = received[rank][x.numel() :]
+        batch: (writer, piece), the same on every rank. What is returned may share memory with the model. Rows that
+        belong to no expert are 0.
+        """
+        requests = [self._request(writer, piece) for writer, piece in batch]
+        gathered = iter(self._gatherer.gather([request for request in requests if request is not None]))
+        return [
+            next(gathered) if request is not None else self._zeros(piece)
+            for (writer, piece), request in zip(batch, requests)
+            if writer == self._rank
+        ]
+
+    def _zeros(self, piece: Piece) -> Tensor:
+        width = self._parts[piece.parameter].flat.element_size()
+        return torch.zeros((piece.stop - piece.start) * width, dtype=torch.uint8)

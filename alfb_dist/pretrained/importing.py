@@ -1,4 +1,4 @@
-"""A released model as the save of step 0 of a run: weights and biases, and no optimizer yet."""
+"""Convert a released model to the save of step 0 of a run: weights and biases, without an optimizer."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from torch import Tensor
 from alfb_dist.checkpoint import files, manifest
 from alfb_dist.checkpoint.folder import publish, start, step_folder
 from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name
-from alfb_dist.checkpoint.saving import COUNTERS, versions
+from alfb_dist.checkpoint.saving import COUNTERS
 from alfb_dist.checkpoint.share import Share
+from alfb_dist.config.provenance import versions
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.moe.families.blocks import moe_blocks, num_choices
 from alfb_dist.pretrained.fp8 import QUANTIZED
-from alfb_dist.pretrained.loading import homeless_biases, open_model
+from alfb_dist.pretrained.loading import extra_biases, open_model
 from alfb_dist.pretrained.names import expert_counts, is_bias, shapes_of
 from alfb_dist.pretrained.weights import ModelWeights
 
 RELEASED = "released"
-"""Key of a run's summary: the folder of the released model that its step 0 is."""
+"""Key of a run's summary: the directory of the released model that it started from."""
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor of the save: its entry, and where its values are from."""
+    """A tensor of the save: its entry, and the name and expert in the model."""
 
     entry: Entry
     name: str
     expert: int | None
 
     def read(self, weights: ModelWeights) -> Tensor:
-        """Its values, in the type of the entry's name."""
+        """Return its values in the entry's type."""
         dtype = _dtype(weights, self.name)
         x = torch.empty(self.entry.shape, dtype=dtype)
         weights.fill(x if self.expert is None else x[None], self.name, self.expert or 0)
@@ -44,24 +45,24 @@ class _Item:
 
 
 def from_hf(folder: Path, run_folder: Path) -> Path:
-    """The model of a transformers folder is the save of step 0 of a new run folder, whose path is returned.
+    """Write the model of a transformers directory as the save of step 0 of a new run; return the save's directory.
 
-    A run goes on from it with run.resume; its optimizer starts anew. Everything in the save is under a hash. Tensors
-    keep their types, but for biases, which are float32, and weights in 8 or 4 bits, which become float32. One process,
-    tensor by tensor. ValueError, before anything is written, where `from_pretrained` would raise one, or if the run
-    folder holds something; OSError naming the path if the disk fails.
+    A run continues from it with run.resume and a new optimizer. Tensors keep their types, except biases and weights in
+    8 or 4 bits, which become float32. Runs in one process, tensor by tensor.
+    Raises ValueError, before anything is written, as `from_pretrained` does or if the run's directory is not empty;
+    OSError naming the path if the disk fails.
     """
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
-        raise ValueError(f"{run_folder} is not empty: give a new run folder, such as runs/{folder.name}")
+        raise ValueError(f"{run_folder} is not empty: give a new run directory, such as runs/{folder.name}")
     template, weights, dtype = open_model(folder)
-    balance = _balance(template, weights, homeless_biases(folder, weights))
+    balance = _balance(template, weights, extra_biases(folder, weights))
     items = sorted(_items(template, weights), key=lambda item: -_dtype(weights, item.name).itemsize)
     path = step_folder(run_folder / "checkpoints", 0)
     tmp = start(path)
     try:
         share = Share(tmp, 0, [item.entry for item in items])
         for item in items:
-            share.put(item.entry.key, item.read(weights))
+            share.add(item.entry.key, item.read(weights))
         share.finish(_state(folder), balance)
         body = manifest.make(
             step=0,
@@ -86,7 +87,7 @@ def from_hf(folder: Path, run_folder: Path) -> Path:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """What a run finds in the save beside tensors."""
+    """Return the content of state.json."""
     return {
         "state": {"step": 0, "tokens": 0, "summary": {RELEASED: str(folder.resolve())}},
         "counters": dict.fromkeys(COUNTERS, 0),
@@ -103,7 +104,7 @@ def _dtype(weights: ModelWeights, name: str) -> torch.dtype:
 
 
 def _items(template: Any, weights: ModelWeights) -> Iterator[_Item]:
-    """Every tensor but the biases and other buffers, experts one by one."""
+    """Yield every parameter except the biases, experts one by one."""
     counts, parameters = expert_counts(template), {name for name, _ in template.named_parameters()}
     for name, shape in shapes_of(template).items():
         if name in parameters and not is_bias(name):
@@ -114,15 +115,15 @@ def _items(template: Any, weights: ModelWeights) -> Iterator[_Item]:
                 yield _Item(Entry(f"weight/{name}/{expert}", dtype, shape[1:]), name, expert)
 
 
-def _balance(template: Any, weights: ModelWeights, homeless: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Biases, loads of 0, and other buffers that the state dict holds, by key."""
+def _balance(template: Any, weights: ModelWeights, extra: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return biases, loads of 0 and the other buffers of the state dict, by key."""
     found, names = {}, {id(module): name for name, module in template.named_modules()}
     for block in moe_blocks(template):
         name = f"{names[id(block.holder)]}.{block.bias_name}"
         bias = torch.zeros(num_choices(block.gate, getattr(block.holder, block.bias_name, None)))
         if name in weights.names and not block.added:
             weights.fill(bias.view(shapes_of(template)[name]), name)
-        found[f"bias/{name}"] = homeless.get(name, bias)
+        found[f"bias/{name}"] = extra.get(name, bias)
         found[f"load/{name}"] = torch.zeros(bias.shape, dtype=torch.int64)
     parameters = {name for name, _ in template.named_parameters()}
     for name, shape in shapes_of(template).items():

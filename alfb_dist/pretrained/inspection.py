@@ -1,4 +1,4 @@
-"""What a transformers folder holds: its layout, its types, its experts and their biases."""
+"""Describe a transformers directory: its layout, types, experts and biases."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from alfb_dist.pretrained.folder import read_sidecar
-from alfb_dist.pretrained.loading import open_model, rounded
+from alfb_dist.pretrained.loading import is_rounded, open_model
 from alfb_dist.pretrained.names import added_shapes, expert_counts, is_bias, shapes_of
 from alfb_dist.pretrained.weights import FolderWeights
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """What a transformers folder holds, by what it is called. Reads headers and biases.
+    """Return the facts of a transformers directory by name. Reads headers and biases.
 
-    ValueError if tensors are missing, unknown or mis-shaped: a folder that is described can be read.
+    Raises ValueError if tensors are missing, unknown or mis-shaped, so that a directory described can be read.
     """
     template, weights, _ = open_model(folder)
-    stored = weights.source.tensors.values()
+    stored = weights.reader.tensors.values()
     types = {name: sum(s.bytes for s in stored if s.dtype == name) for name in {s.dtype for s in stored}}
     counts = expert_counts(template)
     found = {
@@ -36,7 +36,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     for name, bias in _biases(template, weights).items():
         found[name] = bias_line(bias, weights.dtype(name))
     for name, bias in read_sidecar(folder).items():
-        found[f"{name} (beside the model)"] = bias_line(bias, bias.dtype)
+        found[f"{name} (in its sidecar)"] = bias_line(bias, bias.dtype)
     return found
 
 
@@ -54,7 +54,7 @@ def _biases(template: Any, weights: FolderWeights) -> dict[str, Tensor]:
 
 
 def bias_line(bias: Tensor, dtype: torch.dtype) -> str:
-    """A bias in a line: its range, its mean, its type, and whether it was rounded to 16 bits."""
+    """Return a bias in a line: range, mean, type, and whether it was rounded to 16 bits."""
     kind = str(dtype).removeprefix("torch.")
-    state = "all 0" if not bool(bias.any()) else "rounded to 16 bits" if rounded(bias, dtype) else "not rounded"
+    state = "all 0" if not bool(bias.any()) else "rounded to 16 bits" if is_rounded(bias, dtype) else "not rounded"
     return f"{float(bias.min()):.6g} to {float(bias.max()):.6g}, mean {float(bias.mean()):.6g}, {kind}, {state}"

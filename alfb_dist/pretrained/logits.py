@@ -1,4 +1,4 @@
-"""Whether two stored models compute the same: logits and biases, side by side, in float32 on CPU."""
+"""Compare two stored models by their logits and biases, in float32 on CPU."""
 
 from __future__ import annotations
 
@@ -13,81 +13,81 @@ from torch import Tensor, nn
 from alfb_dist.moe.families.blocks import ADDED_BIAS
 from alfb_dist.moe.parallelize import parallelize
 from alfb_dist.pretrained.folder import SIDECAR, foreign_type, meta_model, read_sidecar, read_values
-from alfb_dist.pretrained.loading import homeless_biases, open_model, put_biases, read_common, read_experts
+from alfb_dist.pretrained.loading import extra_biases, load_biases, open_model, read_dense, read_experts
 from alfb_dist.pretrained.names import is_bias
-from alfb_dist.pretrained.source import open_folder
+from alfb_dist.pretrained.weight_files import open_folder
 from alfb_dist.pretrained.weights import ModelWeights
 
 SEQUENCE = 128
-"""Positions that are computed at a time, if the model has room for so many."""
+"""Positions that are computed at a time, unless the model has fewer."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the second model is from the first."""
+    """The difference of two models on the same tokens."""
 
     positions: int
     max_logit_difference: float
-    """Infinite where one has a logit that is not finite and the other another."""
+    """Infinite where a logit is not finite and the models differ."""
     same_bits: bool
     same_best: int
-    """Positions whose likeliest token is the same."""
+    """The number of positions with the same most likely token."""
     max_bias_difference: float
 
     def within(self, tolerance: float) -> bool:
-        """Whether the logits differ by at most this, and the biases not at all. 0: every bit is the same."""
+        """Return whether logits differ by at most this, by no bit if it is 0, and biases not at all."""
         near = self.max_logit_difference <= tolerance if tolerance else self.same_bits
         return near and self.max_bias_difference == 0
 
 
 def read_folder(folder: Path) -> nn.Module:
-    """The whole model of a transformers folder, as transformers itself reads it, in float32.
+    """Return the whole model of a transformers directory in float32, as transformers itself reads it.
 
-    What transformers cannot read, or not compute with on CPU, is read here: weights in 8 bits, models that bring code
-    of their own, and biases that transformers does not know.
+    What transformers cannot read, or not compute with on CPU, is read by this package: weights in 8 bits, models that
+    come with their own code, and biases that transformers does not know.
     """
     from transformers import AutoModelForCausalLM
 
     values, added = read_values(folder), [n for n in open_folder(folder).tensors if n.endswith(ADDED_BIAS)]
     if values.get("quantization_config") is not None or foreign_type(values) is not None or added:
         template, weights, _ = open_model(folder, torch.float32)
-        return filled(template, weights, homeless_biases(folder, weights), folder / SIDECAR)
+        return fill_model(template, weights, extra_biases(folder, weights), folder / SIDECAR)
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     with torch.no_grad():
         for x in (*model.parameters(), *model.buffers()):
-            x.data = x.data.clone()  # aligned as torch does it, and not as the file happens to lie
+            x.data = x.data.clone()  # in memory aligned by torch, not by the file
     return _with_biases(model, read_sidecar(folder), folder / SIDECAR)
 
 
-def filled(template: Any, weights: ModelWeights, biases: dict[str, Tensor], where: Path) -> nn.Module:
-    """The whole model of this template, made without memory in float32, with these weights.
+def fill_model(template: Any, weights: ModelWeights, biases: dict[str, Tensor], path: Path) -> nn.Module:
+    """Fill a float32 model on the meta device with these weights and return it.
 
-    biases: those that the family has no place for; where: the file that they are from.
+    biases: those that the family's own model does not have, from the file `path`.
     """
-    read_common(template, weights, torch.float32)
+    read_dense(template, weights, torch.float32)
     read_experts(template, weights)
     model: nn.Module = template.eval()
-    return _with_biases(model, biases, where)
+    return _with_biases(model, biases, path)
 
 
 def read_checkpoint(checkpoint: Path, config: Any) -> nn.Module:
-    """The whole model of a run's checkpoint, in float32. config: transformers' configuration of it."""
+    """Return the whole model of a run's checkpoint in float32. config: transformers' configuration of it."""
     from alfb_dist.pretrained.checkpoint_weights import CheckpointWeights
 
     template = meta_model(config, torch.float32)
     weights = CheckpointWeights(checkpoint, template)
-    return filled(template, weights, weights.homeless, checkpoint)
+    return fill_model(template, weights, weights.extra_biases, checkpoint)
 
 
-def _with_biases(model: nn.Module, biases: dict[str, Tensor], where: Path) -> nn.Module:
+def _with_biases(model: nn.Module, biases: dict[str, Tensor], path: Path) -> nn.Module:
     if biases:
-        put_biases(parallelize(model, ep_degree=1), biases, where)
+        load_biases(parallelize(model, ep_degree=1), biases, path)
     return model
 
 
 def _biases(model: nn.Module) -> dict[str, Tensor]:
-    """The biases other than 0, flat, by name."""
+    """Return the biases other than 0, flat, by name."""
     return {n: x.float().flatten().clone() for n, x in model.state_dict().items() if is_bias(n) and bool(x.any())}
 
 
@@ -98,27 +98,31 @@ def _logits(model: Any, ids_T: Tensor) -> Tensor:
 
 
 def random_tokens(count: int, vocab_size: int) -> Tensor:
-    """Token ids, uniform, the same for the same numbers: int64 (T,)."""
+    """Return uniform token ids, int64 (count,), the same for the same arguments."""
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(0))
 
 
 def compare(read: list[Callable[[], nn.Module]], ids_T: Tensor) -> Difference:
-    """How far the second model is from the first on these tokens. read: makes each; one is in memory at a time.
+    """Return the difference of two models on these tokens. read: functions that read them; one is in memory at a time.
 
-    ValueError if they have not the same vocabulary, or a token is not in it.
+    Raises ValueError if their vocabularies differ or a token is not in them.
     """
     logits, biases = [], []
     for make in read:
         model: Any = make()
         vocab_size = model.get_input_embeddings().weight.shape[0]
         if int(ids_T.max()) >= vocab_size:
-            raise ValueError(f"token {int(ids_T.max())} is not in the vocabulary of {vocab_size}")
+            raise ValueError(
+                f"token ids must be below {vocab_size}, the size of the vocabulary; got {int(ids_T.max())}"
+            )
         logits.append(_logits(model, ids_T))
         biases.append(_biases(model))
         del model
     a, b = logits
     if a.shape != b.shape:
-        raise ValueError(f"the models have vocabularies of {a.shape[1]} and {b.shape[1]}")
+        raise ValueError(
+            f"models must have the same vocabulary to be compared; got sizes {a.shape[1]} and {b.shape[1]}"
+        )
     off = (a - b).abs().nan_to_num(nan=float("inf")).masked_fill(a.eq(b) | (a.isnan() & b.isnan()), 0)
     none = torch.zeros(())
     pairs = [(biases[0].get(n, none), biases[1].get(n, none)) for n in {*biases[0], *biases[1]}]

@@ -1,8 +1,8 @@
-"""Weights in 4-bit floats, as gpt-oss publishes its experts, turned back into numbers.
+"""Dequantise weights in 4-bit floats (mxfp4), as gpt-oss publishes its experts.
 
-In the place of X stand `X_blocks` (E, rows, columns / 32, 16), uint8 with two numbers in each, and `X_scales`
-(E, rows, columns / 32), uint8, the exponent of two of each block of 32 numbers with 127 added (MXFP4: Open Compute
-Project, Microscaling Formats, version 1.0). X in the model is (E, columns, rows). transformers unpacks them.
+X is stored as `X_blocks` (E, rows, columns / 32, 16), uint8 with two numbers each, and `X_scales` (E, rows,
+columns / 32), uint8, the exponent of two of each block of 32 numbers plus 127. X in the model is (E, columns, rows).
+Source: Open Compute Project, Microscaling Formats, version 1.0. transformers unpacks them.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from alfb_dist.pretrained.source import Stored
+from alfb_dist.checkpoint.safetensors_reader import Stored
 
 METHOD, BLOCKS, SCALES, NUMBERS, BYTES = "mxfp4", "_blocks", "_scales", 32, 16
 FLOAT4 = torch.float4_e2m1fn_x2
 
 
 def packed_shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights that stand packed among tensors, by name, as the model has them.
+    """Return the shapes of the packed weights among tensors, by name, as in the model.
 
-    ValueError, naming a tensor, if blocks and scales are not both there, uint8, and of shapes that belong together.
+    Raises ValueError, naming a tensor, if blocks or scales are missing, not uint8, or of shapes that do not match.
     """
     names = [n.removesuffix(BLOCKS) for n in tensors if n.endswith(BLOCKS)]
     found: dict[str, tuple[int, ...]] = {}
     for name in names:
         blocks, scales = tensors[f"{name}{BLOCKS}"], tensors.get(f"{name}{SCALES}")
         if scales is None:
-            raise ValueError(f"{name}{BLOCKS} is there, but its scales {name}{SCALES} are missing")
+            raise ValueError(f"{name}{BLOCKS} is stored, but its scales {name}{SCALES} are missing")
         fits = len(blocks.shape) == 4 and blocks.shape == (*scales.shape, BYTES)
         if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
             raise ValueError(
@@ -40,8 +40,8 @@ def packed_shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The numbers of some experts, float32 (e, columns, rows); every one of them is exact in bfloat16 too."""
+def unpack(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return the numbers of some experts, float32 (e, columns, rows); each is exact in bfloat16, too."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)

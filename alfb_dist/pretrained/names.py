@@ -1,13 +1,12 @@
-"""What a model's tensors are called, and how transformers' own conversion tables turn the names of files into them.
+"""The names of a model's tensors, and transformers' own tables for converting the names in files to them.
 
 In files, experts are either fused as in the model, (E, rows, D), or one by one under names with the expert's number.
-transformers' tables say which, and how a family's names differ. Of their conversions, renaming, the stacking of experts
-and the joining of rows are known here; a family that needs another is refused.
+transformers' tables have each family's names. Of their conversions, renaming, stacking experts and concatenating rows
+are supported; a family that needs another is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import conversion_mapping as tables
@@ -19,25 +18,25 @@ Shape = tuple[int, ...]
 
 
 def shapes_of(template: Any) -> dict[str, Shape]:
-    """The shape of every tensor that a model is saved with, by name in its order; of tied ones only the source."""
+    """Return the shape of every saved tensor of a model, by name in its order; of tied ones only the source."""
     tied = template.all_tied_weights_keys
     return {name: tuple(x.shape) for name, x in template.state_dict().items() if name not in tied}
 
 
 def added_shapes(template: Any) -> dict[str, Shape]:
-    """The shapes of the selection biases that gates get here and the family's own model does not have, by name."""
+    """Return the shapes of the selection biases that balancing adds to the family's own model, by name."""
     names = {id(module): name for name, module in template.named_modules()}
     added = [block for block in moe_blocks(template) if block.added and not hasattr(block.holder, block.bias_name)]
     return {f"{names[id(block.holder)]}.{block.bias_name}": (num_choices(block.gate, None),) for block in added}
 
 
 def is_bias(name: str) -> bool:
-    """Whether a tensor of this name is a selection bias."""
+    """Return whether a tensor of this name is a selection bias."""
     return name.rpartition(".")[2] in BIAS_NAMES
 
 
 def float32_names(model: Any, dtype: Any) -> set[str]:
-    """The tensors that are float32 whatever the type of the model: biases, and what the family says."""
+    """Return the names of the tensors that are always float32: biases, and those of the family's own list."""
     plan = model._get_dtype_plan(dtype)
     family = conversions.build_glob_alternation(list(plan))[0] if plan else None
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
@@ -45,7 +44,7 @@ def float32_names(model: Any, dtype: Any) -> set[str]:
 
 
 def expert_counts(template: Any) -> dict[str, int]:
-    """How many experts each of a model's expert tensors has, by name. Rows beyond them belong to none (LongCat)."""
+    """Return the number of experts of each expert tensor, by name. Rows beyond belong to none (LongCat)."""
     return {
         f"{block.name}.experts.{name}": block.num_experts
         for block in moe_blocks(template)
@@ -53,14 +52,8 @@ def expert_counts(template: Any) -> dict[str, int]:
     }
 
 
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def family_tables(template: Any, *, legacy: bool) -> tuple[list[Any], list[Any]]:
-    """(renamings, converters) of a model's family. legacy: those of old files too, for reading."""
+    """Return (renamings, converters) of a model's family. legacy: include those of old files, for reading."""
     found = tables.get_model_conversion_mapping(template, add_legacy=legacy)
     if not legacy:  # as transformers does when it saves a model that was not loaded
         found = [x for x in found if not isinstance(x, conversions.PrefixChange)]
@@ -68,22 +61,22 @@ def family_tables(template: Any, *, legacy: bool) -> tuple[list[Any], list[Any]]
     return renamings, [x for x in found if isinstance(x, conversions.WeightConverter)]
 
 
-def plain(pattern: str) -> str:
-    """The name, or the end of one, that a pattern of these tables means, `*` being the number of an expert."""
+def plain_name(pattern: str) -> str:
+    """Return the name, or the end of one, that a pattern of these tables matches; `*` is an expert's number."""
     return pattern.replace("\\.", ".")
 
 
-_KNOWN = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)], [("Concatenate", 0)])
+_SUPPORTED = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)], [("Concatenate", 0)])
 
 
-def is_known(converter: Any) -> bool:
-    """Whether it stacks experts' tensors, joins the rows of several tensors, or joins and then stacks."""
+def is_supported(converter: Any) -> bool:
+    """Return whether a converter stacks experts, concatenates rows, or concatenates and then stacks."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     plain = all(getattr(step, "num_shards_attribute", None) is None for step in converter.operations)
     joins = len(converter.source_patterns) > 1
-    return plain and steps in _KNOWN and joins == (steps[-1][0] == "Concatenate")
+    return plain and steps in _SUPPORTED and joins == (steps[-1][0] == "Concatenate")
 
 
-def stacks(converter: Any) -> bool:
-    """Whether a known converter stacks experts."""
+def stacks_experts(converter: Any) -> bool:
+    """Return whether a supported converter stacks experts."""
     return type(converter.operations[0]).__name__ == "MergeModulelist"

@@ -1,4 +1,4 @@
-"""The files of a model: cut by size alone, so that they are the same however the model lay over ranks."""
+"""The weight files of a model, divided by size alone, so that they do not depend on the parallel layout."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from alfb_dist.checkpoint import files
-from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, header_bytes, tensor_bytes
+from alfb_dist.checkpoint.safetensors_file import ALIGNMENT, Entry, dtype_name, start_file, tensor_bytes
 from alfb_dist.pretrained.outputs import Output, Piece
-from alfb_dist.pretrained.source import INDEX, WEIGHTS
+from alfb_dist.pretrained.weight_files import INDEX, WEIGHTS
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -28,14 +28,16 @@ class Shard:
 
     @property
     def pieces(self) -> list[Piece]:
-        """Everything that is written to it, in order."""
+        """The pieces that are written to it, in order."""
         return [piece for output, _ in self.outputs for piece in output.pieces]
 
 
-def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
-    """The files that the tensors are cut into, none larger than `max_bytes` unless one tensor is.
+def plan_shards(
+    outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
+    """Divide the tensors into files, none larger than `max_bytes` unless a single tensor is.
 
-    dtypes: by the names of the model's tensors, what type they are written in.
+    dtypes: the types in which the model's tensors are written, by name.
     """
     if max_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_bytes}")
@@ -57,53 +59,51 @@ def cut(outputs: Sequence[Output], dtypes: Mapping[str, torch.dtype], max_bytes:
 
 
 def _divisor(size: int) -> int:
-    """The largest power of two, up to ALIGNMENT, that divides a number of bytes.
+    """Return the largest power of two, up to ALIGNMENT, that divides a number of bytes.
 
-    Sorted by it, tensors of a whole number of ALIGNMENT bytes all start at such a number, and every other tensor at
-    a multiple of its elements' width. The format has no room for padding between tensors.
+    Sorted by it, tensors whose size is a multiple of ALIGNMENT start at a multiple of it, and all others at a multiple
+    of their elements' width. The format does not allow padding between tensors.
     """
     return math.gcd(size, ALIGNMENT)
 
 
 class ShardFile:
-    """A file that takes its values stretch by stretch, in order. OSErrors name the path and how far it got."""
+    """A file that takes its values in order, in parts of any size. An OSError names the path and the byte."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         entries = [entry for _, entry in shard.outputs]
-        header = header_bytes(entries, {"format": "pt"})  # transformers asks for the format
-        self._file = files.HashedFile(folder / shard.name, size=len(header) + sum(entry.bytes for entry in entries))
-        self._file.write(header)
-        self._finish_if_whole()
+        self._file = start_file(folder / shard.name, entries, {"format": "pt"})  # transformers asks for the format
+        self._finish_if_complete()
 
-    def put(self, values: Tensor) -> bool:
-        """The values, contiguous on CPU, stand in the file; whether those were the last and the file is finished."""
+    def write(self, values: Tensor) -> bool:
+        """Write the next values, contiguous on CPU; return whether they were the last. The file is closed then."""
         self._file.write(tensor_bytes(values))
-        return self._finish_if_whole()
+        return self._finish_if_complete()
 
-    def _finish_if_whole(self) -> bool:
-        whole = self._file.written == self._file.size
-        if whole:
+    def _finish_if_complete(self) -> bool:
+        complete = self._file.written == self._file.size
+        if complete:
             self._file.finish()
-        return whole
+        return complete
 
     def close(self) -> None:
-        """The file is closed, whole or not."""
+        """Close the file, complete or not."""
         self._file.close()
 
 
 def write_shards(folder: Path, shards: Sequence[Shard], piece: Callable[[Piece], Tensor]) -> None:
-    """The files are in the folder, whole; `piece` gives the values, contiguous on CPU."""
+    """Write the files. piece: returns the values of a piece, contiguous on CPU."""
     for shard in shards:
         file = ShardFile(folder, shard)
         try:
             for wanted in shard.pieces:
-                file.put(piece(wanted))
+                file.write(piece(wanted))
         finally:
             file.close()
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """The folder has an index, if the model lies in several files."""
+    """Write an index if there are several files."""
     if len(shards) > 1:
         entries = [(shard.name, entry) for shard in shards for _, entry in shard.outputs]
         total = sum(entry.bytes for _, entry in entries)
@@ -112,34 +112,28 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         files.write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
+def temporary_folder(path: Path) -> Path:
+    """Return the directory in which the model is written that will be `path`."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 def start_folder(path: Path, *, overwrite: bool) -> Path:
-    """An empty folder beside `path`, to be published as it. ValueError if `path` holds something and may not go."""
+    """Make the temporary directory for `path`. Raises ValueError if `path` must not be replaced."""
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file")
+        raise ValueError(f"{path} is a file: give a directory")
     if path.exists() and any(path.iterdir()):
         if not overwrite:
             raise ValueError(f"{path} is not empty: give another path, or overwrite=True to replace it")
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is not empty and holds no model: it will not be replaced")
-    tmp = path.with_name(f"{path.name}.tmp")
-    if tmp.exists():
-        files.remove(tmp)
-    files.make_folder(tmp)
-    return tmp
+            raise ValueError(f"{path} is not empty and has no config.json, so it is not replaced: give another path")
+    return files.start_folder(temporary_folder(path))
 
 
 def publish_folder(path: Path) -> None:
-    """The folder written beside `path` is there, on the disk, under its name."""
-    tmp, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
-    for file in tmp.iterdir():
+    """Rename the temporary directory to `path`, with all that is in it on the disk."""
+    temporary = temporary_folder(path)
+    for file in temporary.iterdir():
         if file.is_file():
             with open(file, "rb") as written:
                 files.sync(written)
-    files.sync_folder(tmp)
-    if path.exists():
-        if old.exists():
-            files.remove(old)
-        files.rename(path, old)
-    files.rename(tmp, path)
-    files.sync_folder(path.parent)
-    files.remove(old)
+    files.publish_folder(temporary, path, path.with_name(f"{path.name}.old"))

@@ -52,7 +52,7 @@ def train(
             with span("bias"):
                 load_LE = run.balancer.reduce_loads()
                 run.balancer.update(load_LE)
-            loss, stopping = agree(run, part, signals.asked)
+            loss, stopping = agree(run, part, signals.requested)
             report(run, step, batch, loss, lr, time.perf_counter() - begun)
             last = step == config.train.steps
             if due(step, config.train.eval_interval, last):

@@ -10,10 +10,10 @@ from torch import nn
 
 from alfb_dist import pretrained
 from alfb_dist.config import Config, ConfigError
-from alfb_dist.config.settings import sharding_of
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.moe.sharded_experts import sharded_experts
 from alfb_dist.pretrained.loading import load_model
+from alfb_dist.training.settings import sharding_of
 
 
 def transformers_config(model: ModelConfig) -> Any:

@@ -16,9 +16,8 @@ from torch.distributed import ProcessGroup
 from alfb_dist import checkpoint
 from alfb_dist.config import Config, ConfigError
 from alfb_dist.config.provenance import differences, facts
-from alfb_dist.config.settings import balancing_of, sharding_of, start_patience
 from alfb_dist.data import Batches, PreparedData, TokenFile, prepare, unigram_entropy
-from alfb_dist.distributed.agreement import agreed, first_ranks
+from alfb_dist.distributed.agreement import first_ranks, on_every_rank
 from alfb_dist.distributed.collectives import known_groups, set_timeouts, share_objects
 from alfb_dist.distributed.liveness import Peer, Peers
 from alfb_dist.distributed.network import INTERFACE_VARIABLES
@@ -40,6 +39,7 @@ from alfb_dist.training.run_folder import (
     new_run_folder,
     write_config,
 )
+from alfb_dist.training.settings import balancing_of, sharding_of, start_patience
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
     hosts = _hosts(peers)
     misplaced = check_placement(hosts, config.parallel.ep_degree, config.parallel.expert_placement)
     prepared = first_ranks(lambda: _prepare(config), group, ConfigError)
-    train_batches, validation_batches = agreed(lambda: _open_data(config, prepared), group, ConfigError)
+    train_batches, validation_batches = on_every_rank(lambda: _open_data(config, prepared), group, ConfigError)
     _compare_data(peers, (train_batches, validation_batches), group)
     folder = first_ranks(lambda: _choose_folder(config), group, ConfigError)
     _check_shared(folder, group)
@@ -139,7 +139,7 @@ def _build(config: Config, device: torch.device, group: ProcessGroup, peers: Pee
         )
     run.messages += [misplaced] if misplaced else []
     _show_grid(run, hosts)
-    agreed(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
+    on_every_rank(lambda: _open_report(run, num_parameters, layer_names), group, OSError)
     return run
 
 
@@ -193,7 +193,7 @@ def _check_shared(folder: Path, group: ProcessGroup) -> None:
             )
 
     try:
-        agreed(look, group, ConfigError)
+        on_every_rank(look, group, ConfigError)
     finally:
         if group.rank() == 0:
             mark.unlink()

@@ -14,9 +14,9 @@ from torch import nn
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 
 from alfb_dist.balance import metrics
-from alfb_dist.config.settings import Balancing
 from alfb_dist.engine.autoep import watch_autoep
 from alfb_dist.engine.balancer import Balancer, rate_of
+from alfb_dist.engine.balancing import Balancing
 from alfb_dist.moe.parallelize import watch
 from alfb_dist.pretrained.origins import find_origins
 

@@ -1,4 +1,4 @@
-"""Damage anywhere in a save is found before it is used, and named; reading a save runs no code."""
+"""Damage anywhere in a save is found and named before the save is used; reading a save runs no code."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ def test_a_file_of_another_save_is_found_even_if_its_own_hash_is_accepted(tmp_pa
     save, other = fabricate(tmp_path, 100), fabricate(tmp_path, 200)
     shutil.copy(other / KINDS[0], save / KINDS[0])
     accept(save, KINDS[0])
-    assert "does not hold what the manifest says" in checkpoint.verify(save)[0]
+    assert "does not match the manifest" in checkpoint.verify(save)[0]
 
 
 def test_swapped_experts_are_found_by_their_fingerprints(tmp_path: Path) -> None:
     save = fabricate(tmp_path, 100)
     swap_tensors(save, f"weight/{LAYER}.down_proj/0", f"weight/{LAYER}.down_proj/1")
     [problem] = checkpoint.verify(save)
-    assert problem == f"{save}: the weights of {LAYER} do not have the fingerprints of experts [0, 1]"
+    assert problem == f"{save}: the weights of {LAYER} do not match the fingerprints of experts [0, 1]"
 
 
 def test_a_renamed_save_is_found(tmp_path: Path) -> None:
     save = fabricate(tmp_path, 100)
     renamed = save.rename(tmp_path / "step-00000300")
-    assert checkpoint.verify(renamed) == [f"{renamed} holds step 100, so it was renamed or copied from elsewhere"]
+    assert checkpoint.verify(renamed) == [f"{renamed} holds step 100: it was renamed or copied from another save"]
 
 
 def test_a_manifest_of_another_format_or_a_later_version_is_refused(tmp_path: Path) -> None:
@@ -96,12 +96,12 @@ def test_a_manifest_of_another_format_or_a_later_version_is_refused(tmp_path: Pa
     assert "not a manifest of alfb_dist" in checkpoint.verify(save)[0]
 
 
-def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
+def test_a_manifest_cannot_name_files_outside_its_directory(tmp_path: Path) -> None:
     save = fabricate(tmp_path, 100)
     (tmp_path / "other.json").write_text("{}")
     record = {"bytes": 2, "xxh3_128": "0"}
     edit_manifest(save, lambda body: body["files"].update({"../other.json": record}))
-    assert "names a file outside its folder" in checkpoint.verify(save)[0]
+    assert "names a file outside the directory" in checkpoint.verify(save)[0]
 
 
 def test_other_programs_open_the_tensor_files(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_tensors_of_any_size_and_type_are_written_and_scanned(tmp_path: Path) ->
     writer = SafetensorsWriter(tmp_path / "x.safetensors", entries)
     for key, x in tensors.items():
         assert not writer.full
-        writer.put(key, x)
+        writer.add(key, x)
     record = writer.finish()
     found = scan(tmp_path / "x.safetensors")
     assert found.xxh3_128 == record["xxh3_128"]
@@ -137,7 +137,7 @@ def test_a_save_is_described_from_its_manifest(tmp_path: Path) -> None:
     assert found["bytes"] == sum((save / name).stat().st_size for name in KINDS[:-1])
 
 
-def test_looking_at_a_save_needs_no_torch(tmp_path: Path) -> None:
+def test_inspecting_a_save_needs_no_torch(tmp_path: Path) -> None:
     save = fabricate(tmp_path, 100)
     program = (
         "import sys; from pathlib import Path; from alfb_dist.checkpoint import describe, newest_good, verify\n"

@@ -1,4 +1,4 @@
-"""A save is all or nothing: whatever fails, on whichever rank, the save before it or the new one loads."""
+"""A save is all or nothing: whatever fails on any rank, the save before it or the new one loads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OPERATIONS = ("make_folder", "create", "write", "sync", "sync_folder", "rename")
 
 
 class Killed(BaseException):
-    """The process would be gone here; nothing catches this."""
+    """Stands for the end of the process; nothing in the package catches it."""
 
 
 @contextmanager
 def _fault(operation: str, number: int, error: BaseException | None) -> Any:
-    """The number-th call of the file operation fails; a write that fails has written half. Yields the calls made."""
+    """Make the number-th call of a file operation fail, a write after half its data; yield the number of calls."""
     real, calls = getattr(files, operation), [0]
 
     def faulty(*arguments: Any) -> Any:
@@ -45,7 +45,7 @@ def _fault(operation: str, number: int, error: BaseException | None) -> Any:
 
 
 def _points(save: Callable[[], Any]) -> list[tuple[str, int]]:
-    """Every call of a file operation that this rank's save makes; of many writes, the first, the last and some."""
+    """Return every call of a file operation in this rank's save; of many writes the first, the last and some others."""
     points = []
     for operation in OPERATIONS:
         with _fault(operation, 0, None) as calls:
@@ -56,7 +56,7 @@ def _points(save: Callable[[], Any]) -> list[tuple[str, int]]:
 
 
 def _remove(save: Path) -> None:
-    """The save is gone, on every rank; collective."""
+    """Remove the save; collective."""
     dist.barrier()
     if dist.get_rank() == 0:
         files.remove(save)
@@ -64,8 +64,10 @@ def _remove(save: Path) -> None:
 
 
 def _kill_everywhere(folder: str) -> list[tuple[str, int, str, str]]:
-    """A kill at every point of a save of step 2 after one of step 1, and of a save in the place of one of step 1: the
-    newest good save after it, and what it holds."""
+    """Kill a save of step 2 at every point, and one that replaces step 1 at some.
+
+    Returns each point with the newest good save after it and the state loaded from that.
+    """
     engine, balancer = make(0, 1, num_hidden_layers=2)
     train(engine, balancer, 0)
     checkpoints, loaded, found = Path(folder), {}, []
@@ -84,7 +86,7 @@ def _kill_everywhere(folder: str) -> list[tuple[str, int, str, str]]:
             path, skipped = checkpoint.newest_good(checkpoints)
             assert path is not None and skipped == []
             state = (path / "state.json").read_bytes()
-            if state not in loaded:  # it has verified: a second load of the same brings nothing new
+            if state not in loaded:  # it has verified: a second load would be the same
                 loaded[state] = checkpoint.load(engine, balancer, path)["is"]
             found.append((operation, number, path.name, loaded[state]))
         _remove(checkpoints / "step-00000002")
@@ -98,7 +100,7 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_save(tmp_path: Path) -> N
     fresh, replacing = found[:-4], found[-4:]
     assert len(fresh) > 20
     for operation, number, name, holds in fresh:
-        # A save counts from its rename on: of what is after that, the sync of checkpoints/ and the hint.
+        # A save counts from its rename on; after it come the sync of checkpoints/ and the hint.
         assert (name, holds) in (("step-00000001", "old"), ("step-00000002", "new"))
         assert (holds == "new") <= (operation in ("sync_folder", "create", "write", "sync")), (operation, number)
     assert ("rename", 1, "step-00000001", "old") in fresh
@@ -112,7 +114,7 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_save(tmp_path: Path) -> N
 
 
 def _fail_everywhere(folder: str) -> list[tuple[str, int, int, str, int, list[str]]]:
-    """A failure at every point of a save on each of two ranks: the error, the newest save and the folders then."""
+    """Fail a save at every point on each of two ranks; return the error, the newest save and the directories then."""
     engine, balancer = make(0, 2, num_hidden_layers=2)
     train(engine, balancer, 0)
     checkpoints = Path(folder)
@@ -145,12 +147,14 @@ def _fail_everywhere(folder: str) -> list[tuple[str, int, int, str, int, list[st
     return found
 
 
-def test_a_full_disk_is_the_same_error_on_every_rank_and_ends_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_the_same_error_on_every_rank_and_training_goes_on(tmp_path: Path) -> None:
     first, second = run_ranks(2, _fail_everywhere, str(tmp_path / "saves"), folder=tmp_path)
     assert first == second
     assert {rank for _, _, rank, *_ in first} == {0, 1}
     hints = [point for point in first if not point[3]]
-    assert {operation for operation, *_ in hints} <= {"create", "write", "sync"}, "only `latest` may fail unseen"
+    assert {operation for operation, *_ in hints} <= {"create", "write", "sync"}, (
+        "only `latest` may fail without an error"
+    )
     assert all(rank == 0 and step == 2 for _, _, rank, _, step, _ in hints)
     for operation, _number, rank, message, step, names in first:
         assert names == [f"step-{s:08d}" for s in range(1, step + 1)], "nothing unfinished is left"
@@ -161,7 +165,7 @@ def test_a_full_disk_is_the_same_error_on_every_rank_and_ends_nothing(tmp_path: 
             assert ".tmp/" in message and " of " in message and "at byte" in message, message
 
 
-def _die_midway(folder: str) -> None:
+def _exit_while_saving(folder: str) -> None:
     engine, balancer = make(0, 2, num_hidden_layers=2)
     checkpoint.save(engine, balancer, Path(folder), step=1, state={})
     if dist.get_rank() == 1:
@@ -169,9 +173,9 @@ def _die_midway(folder: str) -> None:
     checkpoint.save(engine, balancer, Path(folder), step=2, state={})
 
 
-def test_a_rank_that_dies_while_saving_leaves_the_save_before_it(tmp_path: Path) -> None:
+def test_a_rank_that_exits_while_saving_leaves_the_save_before_it(tmp_path: Path) -> None:
     with pytest.raises(RankError):
-        run_ranks(2, _die_midway, str(tmp_path / "saves"), folder=tmp_path)
+        run_ranks(2, _exit_while_saving, str(tmp_path / "saves"), folder=tmp_path)
     assert checkpoint.newest_good(tmp_path / "saves") == (tmp_path / "saves/step-00000001", [])
     assert checkpoint.prune(tmp_path / "saves", 1) == []
     assert sorted(p.name for p in (tmp_path / "saves").iterdir()) == ["latest", "step-00000001"]
@@ -187,7 +191,7 @@ def _keep(folder: str) -> tuple[list[str], str, tuple[Path | None, list[str]]]:
     return names, not_json, checkpoint.agree_on_newest(Path(folder))
 
 
-def test_a_save_keeps_as_many_as_asked_and_all_ranks_agree_on_the_newest(tmp_path: Path) -> None:
+def test_keep_removes_older_saves_and_all_ranks_agree_on_the_newest(tmp_path: Path) -> None:
     saves = tmp_path / "saves"
     for names, not_json, newest in run_ranks(2, _keep, str(saves), folder=tmp_path):
         assert names == ["step-00000002", "step-00000003"]

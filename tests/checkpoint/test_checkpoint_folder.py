@@ -1,4 +1,4 @@
-"""The newest good save is found, old ones are removed, and a replaced save is never missing."""
+"""The newest good save is found, old ones are removed, and a save that is being replaced is never missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_newest_good_save_is_found_by_step_not_by_name_or_time(tmp_path: Pat
     assert checkpoint.newest_good(tmp_path) == (tmp_path / "step-123456789", [])
 
 
-def test_an_empty_or_missing_folder_has_no_save(tmp_path: Path) -> None:
+def test_an_empty_or_missing_directory_has_no_save(tmp_path: Path) -> None:
     assert checkpoint.newest_good(tmp_path) == (None, [])
     assert checkpoint.newest_good(tmp_path / "none") == (None, [])
 
@@ -45,12 +45,12 @@ def test_latest_names_the_save_last_made(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
 
 
-def test_a_save_takes_the_place_of_one_of_the_same_step(tmp_path: Path) -> None:
+def test_a_save_replaces_one_of_the_same_step(tmp_path: Path) -> None:
     first = manifest.read(fabricate(tmp_path, 5))
-    (tmp_path / "step-00000005/note").write_text("of the first")
+    (tmp_path / "step-00000005/first").write_text("")
     assert manifest.read(fabricate(tmp_path, 5)) == first
     assert _names(tmp_path) == ["step-00000005"]
-    assert not (tmp_path / "step-00000005/note").exists()
+    assert not (tmp_path / "step-00000005/first").exists()
 
 
 def test_a_save_being_replaced_is_found_until_the_new_one_is_there(
@@ -93,7 +93,7 @@ def test_prune_never_removes_the_newest_good_save(tmp_path: Path) -> None:
     assert checkpoint.prune(tmp_path, 1, known_good=tmp_path / "step-00000003") == [tmp_path / "step-00000001"]
 
 
-def test_prune_keeps_a_save_made_after_going_back_to_an_earlier_step(tmp_path: Path) -> None:
+def test_prune_keeps_a_save_made_after_a_return_to_an_earlier_step(tmp_path: Path) -> None:
     for step in (1, 7, 8, 9, 2):
         fabricate(tmp_path, step)
     checkpoint.prune(tmp_path, 2, known_good=tmp_path / "step-00000002")

@@ -14,16 +14,16 @@ from support.ranks import run_ranks
 from support.tiny import biases, full_weights, random_biases, set_biases
 
 from alfb_dist import checkpoint
-from alfb_dist.checkpoint import SaveError, files, gathering, manifest, optimizer, share, tensors
+from alfb_dist.checkpoint import SaveError, files, manifest, optimizer, share, tensors, write_order
 
-# One dense and one MoE layer: the middle of all expert weights falls inside one expert.
+# One dense and one MoE layer, so that partitions cut through an expert.
 SIX = {"n_routed_experts": 6, "num_hidden_layers": 2}
 LAYOUTS = [(stage, ep_degree) for stage in (0, 1, 2) for ep_degree in (1, 2)]
 ODD_VALUES = [-0.0, 1e-42, -3e38, 0.1 + 2**-26]
 
 
 def _plant(engine: Any, balancer: Any) -> None:
-    """Values that sums and casts would lose stand in the biases, in a master weight and in a moment."""
+    """Set elements of the biases, a master weight and a moment to values that sums or casts would lose."""
     bias_LE = random_biases(engine.module, 7, low=5.0, high=35.0)
     bias_LE[0, : len(ODD_VALUES)] = torch.tensor(ODD_VALUES)
     set_biases(engine.module, bias_LE)
@@ -40,7 +40,7 @@ def _hashes(path: Path) -> dict[str, str]:
 
 
 def _save_all(folder: str, layouts: list[tuple[int, int]], model: dict[str, Any]) -> list[Any]:
-    """Two steps in each layout, a save, the loss after it, and one step more."""
+    """Take two steps in each layout, save, and take one more; return paths, biases and the losses after each."""
     found = []
     for stage, ep_degree in layouts:
         engine, balancer = make(stage, ep_degree, **model)
@@ -56,9 +56,9 @@ def _save_all(folder: str, layouts: list[tuple[int, int]], model: dict[str, Any]
 def _load_all(
     folder: str, saves: list[Any], layouts: list[tuple[int, int]], model: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Each save loaded in each layout: hashes of what a new save of it holds, model weights, and what follows.
+    """Load each save in each layout; return the hashes of a new save, the model's weights and the losses after them.
 
-    A step more is taken only from the first and the last save.
+    Another step is taken from the first and the last save only.
     """
     found = []
     for stage, ep_degree in layouts:
@@ -90,12 +90,12 @@ def _check(saves: list[Any], loads: list[dict[str, Any]], *, bf16: bool, toleran
         bias_LE, loss, later_loss = by_path[load["save"]]
         assert load["loss"] == pytest.approx(loss, rel=tolerance)
         if "after" in load:
-            assert load["after"][1] == pytest.approx(later_loss, rel=tolerance), "the moments were not those saved"
+            assert load["after"][1] == pytest.approx(later_loss, rel=tolerance), "the moments are not those saved"
             assert bf16 or torch.equal(load["after"][0].view(torch.int32), bias_LE.view(torch.int32))
 
 
 def _weights(path: Path, bf16: bool) -> dict[str, str]:
-    """The hash of each whole parameter of the model, from the files alone."""
+    """Return the hash of each whole parameter of the model, from the files alone."""
     from safetensors.torch import load_file
 
     parts: dict[str, dict[int, torch.Tensor]] = {}
@@ -130,8 +130,8 @@ def test_four_ranks_save_what_two_load(tmp_path: Path) -> None:
     _check(saves, loads, bf16=False, tolerance=1e-5)
 
 
-def _cut_small(folder: str) -> tuple[list[str], bool]:
-    share.MAX_FILE_BYTES, gathering.BATCH_BYTES = 20_000, 7_000
+def _save_small_files(folder: str) -> tuple[list[str], bool]:
+    share.MAX_FILE_BYTES, write_order.BATCH_BYTES = 20_000, 7_000
     engine, balancer = make(1, 1, **SIX)
     train(engine, balancer, 0)
     create, calls = files.create, []
@@ -147,14 +147,14 @@ def _cut_small(folder: str) -> tuple[list[str], bool]:
     assert message.startswith("rank 1: ") and "tensors-00001-002.safetensors" in message
     files.create = create
     small = checkpoint.save(engine, balancer, Path(folder, "small"), step=1, state={})
-    share.MAX_FILE_BYTES, gathering.BATCH_BYTES = 1 << 30, 1 << 25
+    share.MAX_FILE_BYTES, write_order.BATCH_BYTES = 1 << 30, 1 << 25
     whole = checkpoint.save(engine, balancer, Path(folder, "whole"), step=1, state={})
     checkpoint.load(engine, balancer, small)
     return [p.name for p in small.glob("tensors*") if p.stat().st_size <= 25_000], _hashes(small) == _hashes(whole)
 
 
-def test_a_save_cut_into_small_files_and_batches_is_the_same_and_a_rank_may_fail_amid_them(tmp_path: Path) -> None:
-    for small_files, same in run_ranks(2, _cut_small, str(tmp_path / "saves"), folder=tmp_path):
+def test_a_save_in_small_files_and_batches_is_the_same_and_a_rank_may_fail_between_them(tmp_path: Path) -> None:
+    for small_files, same in run_ranks(2, _save_small_files, str(tmp_path / "saves"), folder=tmp_path):
         assert same
         assert len(small_files) > 6
 
@@ -173,7 +173,7 @@ def _uneven(folder: str) -> tuple[Any, Any]:
     return whole, [state["step"].item() for state in engine.optimizer.state.values()]
 
 
-def test_a_flat_partition_takes_the_step_count_of_those_that_have_most(tmp_path: Path) -> None:
+def test_a_flat_partition_takes_the_highest_step_count_of_its_parameters(tmp_path: Path) -> None:
     [(whole, flat)] = run_ranks(1, _uneven, str(tmp_path / "saves"), folder=tmp_path)
     assert whole == 1
     assert flat == [2, 2]

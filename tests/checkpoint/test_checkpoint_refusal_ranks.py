@@ -1,4 +1,4 @@
-"""What is damaged, swapped or of another model is refused on every rank alike, before anything is changed."""
+"""A save that is damaged or of another model is refused on every rank with one message before anything changes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from support.ranks import run_ranks
 
 from alfb_dist import checkpoint
 from alfb_dist.checkpoint import manifest
+from alfb_dist.config.provenance import versions
 
 FIRST, SECOND = "tensors-00000-000.safetensors", "tensors-00001-000.safetensors"
 EXPERT = "model.layers.1.mlp.experts.down_proj"
@@ -50,7 +51,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "state": (lambda p: flip(p / "state.json", 99), "state.json"),
     "random state": (lambda p: flip(p / "rng-00001.json", 99), "rng-00001.json"),
     "manifest": (lambda p: flip(p / "manifest.json", 999), "manifest.json"),
-    "no manifest": (lambda p: (p / "manifest.json").unlink(), "is no finished save"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "the save is not finished"),
     "a missing file": (lambda p: (p / SECOND).unlink(), f"{SECOND} is missing"),
     "swapped files": (lambda p: swap(p / FIRST, p / SECOND), FIRST),
     "swapped experts": (lambda p: swap_tensors(p, f"weight/{EXPERT}/0", f"weight/{EXPERT}/1"), "fingerprints"),
@@ -60,16 +61,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a missing tensor": (
         lambda p: edit_manifest(p, lambda b: b["tensors"].pop("exp_avg/model.norm.weight")),
-        "does not hold what the manifest says",
+        "does not match the manifest",
     ),
     **{f"a pickle for {n}": (lambda p, n=n: _bomb(p, n), "") for n in (FIRST, "state.json", "manifest.json")},
 }
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "more experts": ({"n_routed_experts": 12}, "model.layers.1.mlp.experts has 12 experts here and 8 in the save"),
-    "more layers": ({"num_hidden_layers": 4}, "MoE layers here but not in the save: model.layers.3.mlp.experts"),
-    "fewer MoE layers": ({"first_k_dense_replace": 2}, "MoE layers in the save but not here: model.layers.1.mlp"),
-    "another width": ({"intermediate_size": 44}, "(40, 24) in the save and (44, 24) here"),
+    "more experts": (
+        {"n_routed_experts": 12},
+        "model.layers.1.mlp.experts has 12 experts in the model and 8 in the save",
+    ),
+    "more layers": (
+        {"num_hidden_layers": 4},
+        "MoE layers in the model but not in the save: model.layers.3.mlp.experts",
+    ),
+    "fewer MoE layers": (
+        {"first_k_dense_replace": 2},
+        "MoE layers in the save but not in the model: model.layers.1.mlp",
+    ),
+    "another width": ({"intermediate_size": 44}, "(40, 24) in the save and (44, 24) in the model"),
     "more parameters": ({"attention_bias": True}, "the save has no weight/model.layers.0.self_attn.kv_a_proj"),
     "fewer parameters": (
         {"tie_word_embeddings": True},
@@ -81,7 +91,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def _attempt(engine: Any, balancer: Any, path: Path) -> tuple[str, bool]:
-    """Why the save was refused, and whether all is as it was."""
+    """Return why the save was refused, and whether the state is unchanged."""
     before = state_digests(engine, balancer)
     message = refusal(lambda: checkpoint.load(engine, balancer, path))
     return message, state_digests(engine, balancer) == before
@@ -109,13 +119,13 @@ def _refuse(folder: str) -> dict[str, tuple[str, bool]]:
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the good save and the bad ones are."""
+    """Return the directory of the good save and the bad ones."""
     return tmp_path_factory.mktemp("refusals")
 
 
 @pytest.fixture(scope="module")
 def refused(saves: Path) -> list[dict[str, tuple[str, bool]]]:
-    """Why each bad save was refused, on each of two ranks."""
+    """Return why each bad save was refused, on each of two ranks."""
     return run_ranks(2, _refuse, str(saves), folder=saves)
 
 
@@ -130,7 +140,7 @@ def test_a_bad_save_is_refused_on_every_rank_and_changes_nothing(
 
 
 @pytest.mark.usefixtures("refused")
-def test_the_good_save_has_every_tensor_once_and_says_what_made_it(saves: Path) -> None:
+def test_the_good_save_has_every_tensor_once_with_versions_and_topology(saves: Path) -> None:
     body = manifest.read(saves / "good/step-00000001")
     kinds = {"weight", "exp_avg", "exp_avg_sq"}
     assert {f"{kind}/{EXPERT}/{e}" for kind in kinds for e in range(8)} <= body["tensors"].keys()
@@ -142,5 +152,6 @@ def test_the_good_save_has_every_tensor_once_and_says_what_made_it(saves: Path) 
     assert {body["tensors"][f"weight/{EXPERT}/{e}"]["file"] for e in range(4)} == {FIRST}
     assert {body["tensors"][f"weight/{EXPERT}/{e}"]["file"] for e in range(4, 8)} == {SECOND}
     assert body["config_hash"] == "ab"
-    assert set(body["versions"]) == {"alfb_dist", "torch", "deepspeed", "transformers"}
+    assert body["versions"] == versions()
+    assert {"alfb_dist", "torch", "deepspeed", "transformers"} <= body["versions"].keys()
     assert body["topology"] == {"world_size": 2, "ep_degree": 2, "zero_stage": 0}

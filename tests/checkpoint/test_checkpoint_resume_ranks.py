@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit; saving leaves no trace in the run that saves."""
+"""A resumed run equals the uninterrupted one bit for bit; saving changes nothing in the run that saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def _uninterrupted(case: dict[str, Any], folder: Path | None) -> tuple[Any, ...]:
-    """Losses of steps 2 and 3, everything after them, and random numbers; saved at step 2 if there is a folder."""
+    """Return losses of steps 2 and 3, the state after them and random numbers; save at step 2 to `folder`, if any."""
     engine, balancer = make(**case)
     stir(1)
     train(engine, balancer, 0, 1)
@@ -36,7 +36,7 @@ def _uninterrupted(case: dict[str, Any], folder: Path | None) -> tuple[Any, ...]
 
 
 def _resumed(case: dict[str, Any], folder: Path) -> tuple[Any, ...]:
-    """The same of a run that starts from that save."""
+    """Return the same of a run that starts from that save."""
     engine, balancer = make(**case, seed=5)
     stir(2)
     state = checkpoint.load(engine, balancer, checkpoint.step_folder(folder, 2))
@@ -45,7 +45,7 @@ def _resumed(case: dict[str, Any], folder: Path) -> tuple[Any, ...]:
 
 
 def _back(folder: Path) -> tuple[Any, Any]:
-    """What a run does after a save, and what it does when it goes back to that save."""
+    """Return the losses and state of a run after a save, and again after it has loaded that save."""
     engine, balancer = make(1, 2)
     train(engine, balancer, 0, 1)
     path = checkpoint.save(engine, balancer, folder, step=2, state={})
@@ -55,8 +55,10 @@ def _back(folder: Path) -> tuple[Any, Any]:
 
 
 def _accessors(folder: Path) -> dict[str, tuple[Any, Any]]:
-    """After a load and a step: an optimizer state of a dense and of an expert parameter, by DeepSpeed's accessor and
-    as the optimizer has it."""
+    """Return an optimizer state of a dense and of an expert parameter after a load and a step.
+
+    Each is read by DeepSpeed's accessor and from the optimizer itself.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state
 
     engine, balancer = make(1, 2)
@@ -72,7 +74,7 @@ def _accessors(folder: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def _before_the_first_step(folder: Path) -> tuple[Any, Any]:
-    """What a run does from its first step, and what it does when it goes back to before that."""
+    """Return the losses and state of a run after its first step, and again after a return to the save before it."""
     found = []
     engine, balancer = make(1, 2)
     path = checkpoint.save(engine, balancer, folder, step=0, state={})
@@ -93,7 +95,7 @@ def _everything(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What `_everything` gives on two ranks; once for the module, since starting engines is most of the time."""
+    """Return the results of `_everything` on two ranks, once for the module, since starting engines is slow."""
     folder = tmp_path_factory.mktemp("resume")
     return run_ranks(2, _everything, str(folder / "saves"), folder=folder)
 
@@ -108,7 +110,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(found: list[dict[s
         assert straight[2] == resumed[2], "random numbers"
 
 
-def test_saving_leaves_no_trace_in_the_run(found: list[dict[str, Any]]) -> None:
+def test_saving_changes_nothing_in_the_run(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["pairs"][1][0] == rank["never saved"]
 
@@ -145,10 +147,10 @@ def _refusals(folder: str) -> list[str]:
 
 
 def test_what_cannot_be_saved_is_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    for not_json, amid_save, amid_load, round_robin, masters in ranks(2, _refusals, str(tmp_path / "saves")):
+    for not_json, pending_save, pending_load, round_robin, masters in ranks(2, _refusals, str(tmp_path / "saves")):
         assert "must be plain JSON" in not_json
-        assert "between optimizer steps" in amid_save
-        assert "between optimizer steps" in amid_load
-        assert "round_robin_gradients must be off" in round_robin
-        assert masters.startswith("model.norm.weight is not its master weights rounded to torch.bfloat16")
+        assert "between optimizer steps" in pending_save
+        assert "between optimizer steps" in pending_load
+        assert "round_robin_gradients must be false" in round_robin
+        assert masters.startswith("model.norm.weight differs from its master weights rounded to torch.bfloat16")
     assert [p.name for p in (tmp_path / "saves").glob("step*")] == ["step-00000000"]

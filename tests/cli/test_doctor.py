@@ -133,7 +133,7 @@ def works(case: Case) -> Iterator[Result]:
     yield problem("last", "", "fix")
 
 
-def test_a_check_that_hangs_or_fails_is_a_problem_and_the_others_go_on() -> None:
+def test_check_that_hangs_or_fails_is_a_problem_and_does_not_stop_the_others() -> None:
     results = list(examine(Case(), (hangs, fails, works), limit=1))
     assert [(r.check, r.verdict) for r in results] == [
         ("before", "ok"),

@@ -21,13 +21,13 @@ BIN = Path(sys.executable).parent
 SECRET = "canary-0123456789abcdef"
 
 
-def doctor(*words: str, folder: Path, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
+def doctor(*words: str, directory: Path, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """The command's exit code, and its results by check."""
     command = [sys.executable, "-m", "alfb_dist.cli", "doctor", *words, "--json"]
     given = {"PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "WANDB_API_KEY": SECRET}
     done = subprocess.run(
         command,
-        cwd=folder,
+        cwd=directory,
         env={**os.environ, **given, **environment},
         capture_output=True,
         text=True,
@@ -39,11 +39,11 @@ def doctor(*words: str, folder: Path, **environment: str) -> tuple[int, dict[str
     return done.returncode, {result["check"]: result for result in json.loads(done.stdout)}
 
 
-def test_where_all_is_well_the_exit_code_is_0(tmp_path: Path) -> None:
+def test_healthy_machine_has_exit_code_0(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as server:
         port = str(server.getsockname()[1])
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    code, found = doctor(TEST_CONFIG, folder=tmp_path, MASTER_PORT=port)
+    code, found = doctor(TEST_CONFIG, directory=tmp_path, MASTER_PORT=port)
     assert {key for result in found.values() for key in result} == {"check", "verdict", "found", "fix"}
     problems = [result for result in found.values() if result["verdict"] == "problem"]
     assert (code, problems) == (0, [])
@@ -56,12 +56,12 @@ def test_where_all_is_well_the_exit_code_is_0(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts"]  # nothing is left behind
 
 
-def test_what_is_wrong_is_reported_with_its_fix_and_exit_code_1(tmp_path: Path) -> None:
+def test_problems_are_reported_with_fixes_and_exit_code_1(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as server:
         code, found = doctor(
             TEST_CONFIG,
             *("--set", "train.stepz=3", "--set", "parallel.ep_degree=3", "--hostfile", "no-such-file"),
-            folder=tmp_path,
+            directory=tmp_path,
             PATH="/usr/bin:/bin",
             DS_ACCELERATOR="cuda",
             GLOO_SOCKET_IFNAME="none0",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from alfb_dist.cli.doctor.machine import (
 )
 
 
-def test_driver_is_read_from_the_kernel_s_file(tmp_path: Path) -> None:
+def test_driver_version_is_read_from_proc(tmp_path: Path) -> None:
     file = tmp_path / "version"
     assert driver_version(file) is None
     file.write_text(
@@ -32,7 +31,7 @@ def test_driver_is_read_from_the_kernel_s_file(tmp_path: Path) -> None:
     assert driver_version(file) == "580.95.05"
 
 
-def test_packages_are_those_of_the_installed_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_compared_with_the_installed_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     about = {"Requires-Python": ">=3.11"}
     wanted = ["numpy>=2", "torch<1", "no-such-package>=1", 'peft<0; extra == "dev"', 'none; extra == "dev"']
     monkeypatch.setattr(packages.metadata, "metadata", lambda name: about)
@@ -48,33 +47,13 @@ def test_packages_are_those_of_the_installed_metadata(monkeypatch: pytest.Monkey
     assert results[-1].found.startswith("numpy 2")
 
 
-def test_a_package_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "PACKAGE", "no-such-package")
     (result,) = packages.check_packages(Case())
     assert result.verdict == "problem" and result.found == "no-such-package is not installed"
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_kernels_that_compute_otherwise_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    from alfb_dist.cpu import experts as native
-
-    monkeypatch.delenv("ALFB_NATIVE", raising=False)
-    (well,) = kernels.check_kernels(Case())
-    assert well.verdict == "ok"
-    true_call = native.call
-
-    def off(name: str, *arguments: Any) -> Any:
-        found = true_call(name, *arguments)
-        if name == "backward":
-            arguments[-2].mul_(1.001)  # the gradient of the second matrix
-        return found
-
-    monkeypatch.setattr(native, "call", off)
-    (wrong,) = kernels.check_kernels(Case())
-    assert wrong.verdict == "problem"
-
-
-def test_missing_compiler_and_switch_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_compiler_and_switch_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ALFB_NATIVE", "0")
     (off,) = kernels.check_kernels(Case())
     monkeypatch.delenv("ALFB_NATIVE")
@@ -85,18 +64,18 @@ def test_missing_compiler_and_switch_are_told(monkeypatch: pytest.MonkeyPatch, t
 
 
 def rank(program: str) -> list[str]:
-    """A command for `exchange.measure`, told its rank in the environment."""
+    """A command for `exchange.measure`, with its rank in the environment."""
     return [sys.executable, "-c", f"import os, sys, time\nrank = os.environ['RANK']\n{program}"]
 
 
-def test_a_process_of_the_exchange_that_fails_is_named_with_its_last_words() -> None:
+def test_failed_process_of_an_exchange_is_named_with_its_last_line() -> None:
     program = "if rank == '1': sys.exit('no such device')\ntime.sleep(60)"
     started = time.monotonic()
     assert exchange.measure({}, rank=rank(program), limit=50) == "process 1 ended with 1: no such device"
     assert time.monotonic() - started < 40
 
 
-def test_an_exchange_that_does_not_end_is_given_up_and_leaves_no_process(tmp_path: Path) -> None:
+def test_exchange_that_hangs_is_ended_and_leaves_no_process(tmp_path: Path) -> None:
     program = f"open(os.path.join({str(tmp_path)!r}, rank), 'w').write(str(os.getpid()))\ntime.sleep(60)"
     assert exchange.measure({}, rank=rank(program), limit=3) == "not finished within 3 s"
     for file in tmp_path.iterdir():
@@ -104,12 +83,12 @@ def test_an_exchange_that_does_not_end_is_given_up_and_leaves_no_process(tmp_pat
             os.kill(int(file.read_text()), 0)
 
 
-def test_an_exchange_without_figures_is_a_problem() -> None:
+def test_exchange_without_a_measurement_is_a_problem() -> None:
     assert exchange.measure({}, rank=rank("print('hello')"), limit=50) == "nothing was measured"
 
 
-@pytest.mark.parametrize(("gpus", "verdict"), [(0, "not applicable"), (1, "not applicable"), (2, "ok")])
-def test_nccl_is_measured_between_two_gpus(gpus: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gpus", "verdict"), [(1, "not applicable"), (2, "ok")])
+def test_nccl_is_measured_with_two_gpus(gpus: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, str]] = []
 
     def measure(environment: dict[str, str]) -> dict[str, Any]:
@@ -122,7 +101,7 @@ def test_nccl_is_measured_between_two_gpus(gpus: int, verdict: str, monkeypatch:
     assert asked == [{"DS_ACCELERATOR": "cpu"}, {"DS_ACCELERATOR": "cuda"}][: 1 + (verdict == "ok")]
 
 
-def test_disk_and_memory_are_held_against_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_and_memory_are_compared_with_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     given = case(f'run.folder="{tmp_path}/a/b"', f'data.cache="{tmp_path}/c"')
     assert given.estimate is not None
@@ -135,7 +114,7 @@ def test_disk_and_memory_are_held_against_the_configuration(tmp_path: Path, monk
     assert list(check_limits(big))[-1].verdict == next(check_disk(big)).verdict == "problem"
 
 
-def test_on_gpus_the_memory_of_the_fullest_counts_for_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_must_fit_on_the_gpu_with_the_least_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     given = case()
     assert given.estimate is not None and given.local_ranks == 2
     needed = given.estimate.state_bytes
@@ -148,8 +127,8 @@ def test_on_gpus_the_memory_of_the_fullest_counts_for_one_rank(monkeypatch: pyte
     assert list(check_limits(given))[-1].verdict == "problem"
 
 
-def test_a_checkpoint_has_as_many_bytes_a_parameter_as_the_disk_check_says(tmp_path: Path) -> None:
-    """Held against a save of the product, less what does not grow with the parameters."""
+def test_checkpoint_has_the_bytes_per_parameter_that_the_disk_check_assumes(tmp_path: Path) -> None:
+    """Compared with a real checkpoint, without the files whose size does not depend on the parameters."""
     run = [sys.executable, "-m", "alfb_dist.cli", "train", str(TEST_CONFIG)]
     settings = ["parallel.ep_degree=1", "train.steps=2", "model.config.moe_intermediate_size=512"]
     words = [word for setting in settings for word in ("--set", setting)]

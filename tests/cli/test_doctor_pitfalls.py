@@ -83,23 +83,40 @@ SOFTMAX = (
 )
 
 
-@pytest.mark.parametrize(
-    ("overrides", "hosts", "found"),
-    [
-        (SOFTMAX, {}, {"balance.rate": "warning"}),
-        ((*SOFTMAX, 'balance.rule="rms"'), {}, {}),
-        (("balance.rate=0",), {}, {"balance.rate": "warning"}),
-        (("train.steps=20000",), {}, {"balance.zero_at_step": "warning"}),
-        (("balance.zero_at_step=60",), {}, {"balance.zero_at_step": "warning"}),
-        (("balance.batch_loss_alpha=0.01",), {}, {"auxiliary losses": "warning"}),
-        (("deepspeed.zero_optimization.stage=2",), {}, {"accumulation": "warning"}),
-        (("deepspeed.managed_gradient_accumulation=false",), {}, {"accumulation": "problem"}),
-        (("train.steps=200", "train.checkpoint_interval=0"), {}, {"train.checkpoint_interval": "warning"}),
-        (("parallel.ep_degree=4",), {"a": 2, "b": 2}, {"parallel.ep_degree": "warning"}),
-        (('data.source=["nowhere", "python-stdlib"]',), {}, {"data.source": "problem"}),
-    ],
-)
-def test_pitfall_of_a_configuration_is_seen(
+PITFALLS = [  # overrides, hosts, verdicts
+    (
+        (
+            *SOFTMAX,
+            "train.steps=20000",
+            "train.global_batch=16",
+            "train.checkpoint_interval=0",
+            "balance.batch_loss_alpha=0.01",
+            "deepspeed.zero_optimization.stage=2",
+            "parallel.ep_degree=4",
+            'data.source=["nowhere", "python-stdlib"]',
+        ),
+        {"a": 2, "b": 2},
+        {
+            "balance.rate": "warning",
+            "balance.zero_at_step": "warning",
+            "auxiliary losses": "warning",
+            "accumulation": "warning",
+            "train.checkpoint_interval": "warning",
+            "parallel.ep_degree": "warning",
+            "data.source": "problem",
+        },
+    ),
+    (
+        ("balance.rate=0", "balance.batch_loss_alpha=0.01", "deepspeed.managed_gradient_accumulation=false"),
+        {},
+        {"balance.rate": "warning", "accumulation": "problem"},
+    ),
+    ((*SOFTMAX, 'balance.rule="rms"', "balance.zero_at_step=60"), {}, {"balance.zero_at_step": "warning"}),
+]
+
+
+@pytest.mark.parametrize(("overrides", "hosts", "found"), PITFALLS)
+def test_pitfalls_of_a_configuration_are_found(
     overrides: tuple[str, ...],
     hosts: dict[str, int],
     found: dict[str, str],
@@ -110,7 +127,7 @@ def test_pitfall_of_a_configuration_is_seen(
     assert config_verdicts(case(*overrides, hosts=hosts)) == found
 
 
-def test_a_released_model_without_a_mode_and_with_rounded_biases_is_seen(tmp_path: Path) -> None:
+def test_released_model_without_a_mode_and_with_rounded_biases_is_a_pitfall(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     given = load_config(TEST_CONFIG).model.config
@@ -122,17 +139,17 @@ def test_a_released_model_without_a_mode_and_with_rounded_biases_is_seen(tmp_pat
     assert pitfalls.bias_types(str(tmp_path)) == {bias: "bfloat16"}
 
 
-def test_steps_of_the_last_run_tell_what_a_crash_costs(tmp_path: Path) -> None:
+def test_steps_of_the_last_run_give_the_cost_of_a_crash(tmp_path: Path) -> None:
     given = case(f'run.folder="{tmp_path}"', "train.steps=2000", "train.checkpoint_interval=500")
     assert config_verdicts(given) == {}
-    folder = tmp_path / "test-2"
-    folder.mkdir()
+    directory = tmp_path / "test-2"
+    directory.mkdir()
     lines = ['{"step": 1, "step_seconds": 50.0}', *(f'{{"step": {i}, "step_seconds": 5.0}}' for i in (2, 3))]
-    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    (directory / "metrics.jsonl").write_text("\n".join(lines))
     assert config_verdicts(given) == {"train.checkpoint_interval": "warning"}
 
 
-def test_what_loading_refuses_is_told_line_by_line() -> None:
+def test_problems_of_loading_are_reported_one_by_one() -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(TEST_CONFIG, ["train.stepz=3", "parallel.ep_degree=3"])
     results = list(pitfalls.check_configuration(Case(config_problems=refused.value.problems)))

@@ -18,8 +18,8 @@ def refusal(*overrides: str, path: Path = DEMO, world_size: int | None = None) -
     return str(caught.value)
 
 
-def write(folder: Path, text: str) -> Path:
-    path = folder / "config.toml"
+def write(directory: Path, text: str) -> Path:
+    path = directory / "config.toml"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -135,7 +135,7 @@ def test_world_size_is_checked_where_it_is_known() -> None:
     assert refusal(world_size=4) == expected
 
 
-def test_value_left_out_counts_with_the_default_of_the_family(tmp_path: Path) -> None:
+def test_omitted_value_has_the_default_of_the_family(tmp_path: Path) -> None:
     tables = load_config(DEMO).model_dump()
     for key in ("n_group", "topk_group", "num_key_value_heads"):
         del tables["model"]["config"][key]
@@ -155,7 +155,7 @@ def test_value_left_out_counts_with_the_default_of_the_family(tmp_path: Path) ->
         ("longcat_flash", "n_routed_experts", "moe_topk"),
     ],
 )
-def test_expert_count_has_the_name_of_its_family(tmp_path: Path, family: str, experts: str, top_k: str) -> None:
+def test_number_of_experts_has_the_name_of_its_family(tmp_path: Path, family: str, experts: str, top_k: str) -> None:
     tables = load_config(DEMO).model_dump()
     tables["model"] |= {"family": family, "config": {experts: 6, top_k: 2}}
     path = write(tmp_path, to_toml(tables))

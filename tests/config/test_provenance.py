@@ -37,6 +37,10 @@ def test_hash_changes_with_the_content_and_the_name_of_a_file(copied_package: Pa
     assert all(known == found[0] for known in found)
 
 
+def test_facts_hold_versions() -> None:
+    assert {"python", "torch", "deepspeed", "transformers", "alfb_dist"} <= facts().keys()
+
+
 def test_every_kind_of_source_file_is_hashed() -> None:
     suffixes = {path.suffix for path in PACKAGE.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
     assert suffixes - {".typed"} <= set(COMPARED)

@@ -12,19 +12,21 @@ import torch
 from support.tiny import tiny_model
 from torch import Tensor
 
-from alfb_dist.cpu import attention
+from alfb_dist import cpu
+from alfb_dist.cpu.attention import MAX_LENGTH, PIECE, causal_attention
+from alfb_dist.engine.attention import NAME, choose_attention
 
-pytestmark = pytest.mark.skipif(attention.library() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(not cpu.has_attention(), reason="no C compiler")
 
 
 def heads(batches: int, heads: int, length: int, width: int, seed: int) -> Tensor:
-    """(B, H, S, W) as a view of (B, S, H, W), the way models make them."""
+    """Return (B, H, S, W) as a view of (B, S, H, W), as models do."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batches, length, heads, width, generator=generator).transpose(1, 2)
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """(B, S, H, V), written out."""
+    """Return softmax(scale q k^T) v without the later positions: (B, S, H, V)."""
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     scores = scale * query @ key.mT
@@ -33,7 +35,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def run(fn: Any, inputs: list[Tensor], scale: float) -> list[Tensor]:
-    """Output and gradients."""
+    """Return the output and the gradients."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = fn(*leaves, scale)
     out.backward(torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape))
@@ -52,8 +54,8 @@ SHAPES = {  # batches, heads, key-value heads, length, widths of queries and val
     "latent": (2, 4, 4, 200, 48, 64),
     "grouped": (2, 6, 2, 130, 16, 16),
     "one head for all": (1, 4, 1, 97, 24, 8),
-    "a piece": (1, 2, 2, attention.PIECE, 8, 8),
-    "one more than a piece": (3, 1, 1, attention.PIECE + 1, 5, 3),
+    "a piece": (1, 2, 2, PIECE, 8, 8),
+    "one more than a piece": (3, 1, 1, PIECE + 1, 5, 3),
     "two positions": (2, 2, 2, 2, 4, 7),
     "long": (1, 1, 1, 700, 32, 32),
 }
@@ -64,25 +66,24 @@ def test_output_and_gradients_equal_the_formula(name: str, threads: int) -> None
     batches, num_heads, kv_heads, length, width, v_width = SHAPES[name]
     inputs = [heads(batches, num_heads, length, width, 1), heads(batches, kv_heads, length, width, 2)]
     inputs.append(heads(batches, kv_heads, length, v_width, 3))
-    assert attention.supported(*inputs)
     expected = run(formula, [t.double() for t in inputs], 0.3)
-    for ours, theirs in zip(run(attention.causal_attention, inputs, 0.3), expected):
-        assert (ours - theirs).abs().max() < 2e-6 * theirs.abs().max()
+    for ours, exact in zip(run(causal_attention, inputs, 0.3), expected):
+        assert (ours - exact).abs().max() < 2e-6 * exact.abs().max()
 
 
 def test_any_layout_of_contiguous_rows_gives_the_same_bits() -> None:
     inputs = [heads(2, 3, 50, 12, seed) for seed in range(3)]
-    plain = run(attention.causal_attention, [t.contiguous() for t in inputs], 0.2)
+    plain = run(causal_attention, [t.contiguous() for t in inputs], 0.2)
     wide = [torch.zeros(2, 3, 50, 40) for _ in inputs]
     for w, t in zip(wide, inputs):
         w[..., 5:17] = t
     for other in (inputs, [w[..., 5:17] for w in wide]):
-        assert all(torch.equal(a, b) for a, b in zip(run(attention.causal_attention, other, 0.2), plain))
+        assert all(torch.equal(a, b) for a, b in zip(run(causal_attention, other, 0.2), plain))
 
 
 def test_large_scores_neither_overflow_nor_leak() -> None:
     inputs = [heads(1, 2, 120, 8, seed) * factor for seed, factor in ((1, 300.0), (2, 300.0), (3, 1.0))]
-    ours, theirs = (run(fn, inputs, 1.0) for fn in (attention.causal_attention, formula))
+    ours, theirs = (run(fn, inputs, 1.0) for fn in (causal_attention, formula))
     assert all(t.isfinite().all() for t in ours)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3)  # scores of 1e5 are rounded to 1e-2
 
@@ -90,7 +91,7 @@ def test_large_scores_neither_overflow_nor_leak() -> None:
 def test_nan_reaches_all_later_positions_and_no_earlier_one() -> None:
     inputs = [heads(1, 1, 150, 8, seed) for seed in range(3)]
     inputs[1][0, 0, 70, 3] = float("nan")
-    out = attention.causal_attention(*inputs, 0.5)
+    out = causal_attention(*inputs, 0.5)
     assert not out[0, :70].isnan().any() and out[0, 70:].isnan().all()
 
 
@@ -102,7 +103,7 @@ def logits_and_gradients(model: Any, **inputs: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_model_gives_the_same_with_it_and_with_padding_leaves_it_to_transformers(
+def test_a_model_gives_the_same_and_with_padding_uses_transformers_own(
     padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids, calls = tiny_model(attn_implementation="sdpa"), torch.arange(60).view(2, 30) % 50, []
@@ -110,22 +111,21 @@ def test_model_gives_the_same_with_it_and_with_padding_leaves_it_to_transformers
     mask[1, 20:] = 1 - padded
     inputs = {"input_ids": ids, "attention_mask": mask}
     exact, theirs = (logits_and_gradients(m, **inputs) for m in (copy.deepcopy(model).double(), model))
-    ours = attention.causal_attention
-    monkeypatch.setattr(attention, "causal_attention", lambda *a: calls.append(1) or ours(*a))
-    assert attention.choose_attention(model)
+    monkeypatch.setattr(cpu, "causal_attention", lambda *a: calls.append(1) or causal_attention(*a))
+    assert choose_attention(model)
     for mine, other, true in zip(logits_and_gradients(model, **inputs), theirs, exact):
-        rounding = float((other - true).abs().max())  # of transformers' float32, which depends on the processor
+        rounding = float((other - true).abs().max())  # depends on the processor
         torch.testing.assert_close(mine.double(), true, rtol=0, atol=3 * rounding + 1e-9)
     assert len(calls) == (0 if padded else model.config.num_hidden_layers)
 
 
-def test_choice_is_for_sdpa_on_a_cpu_and_is_not_saved(tmp_path: Path) -> None:
+def test_it_replaces_sdpa_alone_and_is_not_saved(tmp_path: Path) -> None:
     eager = tiny_model(attn_implementation="eager")
-    assert not attention.choose_attention(eager) and not attention.choose_attention(torch.nn.Linear(2, 2))
+    assert not choose_attention(eager) and not choose_attention(torch.nn.Linear(2, 2))
     model = tiny_model(attn_implementation="sdpa")
-    assert attention.choose_attention(model)
+    assert choose_attention(model)
     model.save_pretrained(tmp_path)
-    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    assert NAME not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_choice_is_for_sdpa_on_a_cpu_and_is_not_saved(tmp_path: Path) -> None:
         [heads(1, 2, 1, 4, 0), heads(1, 2, 6, 4, 1), heads(1, 2, 6, 4, 2)],
         [heads(1, 2, 6, 8, s)[..., ::2] for s in range(3)],
         [heads(1, 3, 6, 4, 0), heads(1, 2, 6, 4, 1), heads(1, 2, 6, 4, 2)],
-        [heads(1, 1, attention.LONGEST + 1, 4, s) for s in range(3)],
+        [heads(1, 1, MAX_LENGTH + 1, 4, s) for s in range(3)],
         [heads(1, 2, 6, 4, s).to("meta") for s in range(3)],
     ],
 )
-def test_what_it_does_not_do(inputs: list[Tensor]) -> None:
-    assert not attention.supported(*inputs)
+def test_it_does_not_apply_to_other_types_layouts_and_sizes(inputs: list[Tensor]) -> None:
+    assert causal_attention(*inputs, 1.0) is None

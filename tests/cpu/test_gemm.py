@@ -1,20 +1,19 @@
-"""The products of gemm.h, alone, against float64: every form of factor and result, at sizes around those of a tile."""
+"""The products of gemm.h against float64: all forms of factors and results, at sizes around those of a tile."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from alfb_dist.cpu import build as compiler
-from alfb_dist.cpu import experts as native
+from alfb_dist import cpu
+from alfb_dist.cpu import build
 
-HEADER = Path(native.__file__).parent / "csrc" / "gemm.h"
+HEADER = build.SOURCES / "gemm.h"
 SOURCE = """
 {first}
 #include "{header}"
@@ -25,17 +24,17 @@ void multiply_any(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_wid
              (result_t){{c, c_width, c_index, add}});
 }}
 """
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler on this machine")
+pytestmark = pytest.mark.skipif(not cpu.has_kernels(), reason="no C compiler")
 Multiply = Callable[..., None]
 
 
 @pytest.fixture(scope="module", params=["this processor's vectors", "vectors of 8"])
 def multiply(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Multiply:
-    """`multiply` on tensors; the narrow form is what processors without AVX-512 run."""
+    """Return `multiply` on tensors, also in the narrow form of processors without AVX-512."""
     first = "" if request.param.startswith("this") else "#undef __AVX512F__"
-    source = tmp_path_factory.mktemp("tiles") / "any.c"
+    source = tmp_path_factory.mktemp("gemm") / "any.c"
     source.write_text(SOURCE.format(first=first, header=HEADER))
-    library = compiler.load(source)
+    library = build.load(source)
     assert library is not None
 
     def call(m: int, n: int, k: int, *rest: Tensor | int | None) -> None:
@@ -67,7 +66,7 @@ def test_products_of_every_form(
     def picks(count: int, of: int) -> Tensor | None:
         return torch.randint(of, (count,), generator=generator, dtype=torch.int32) if indexed else None
 
-    # more rows than are picked, and a few columns more than are read
+    # with a few rows and columns that the product does not use
     a_index, b_index = (picks(m, m + 3) if not a_t else None), (picks(k, k + 2) if not b_t else None)
     a = made(k, m + 5) if a_t else made(m + 3, k + 5)
     b = made(n, k + 1) if b_t else made(k + 2, n + 1)
@@ -79,10 +78,10 @@ def test_products_of_every_form(
     where = torch.arange(m) if c_index is None else c_index.long()
     expected[where, :n] = left.double() @ right.double() + (expected[where, :n] if add else 0)
     multiply(m, n, k, a, a.shape[1], a_index, a_t, b, b.shape[1], b_index, b_t, c, c.shape[1], c_index, add)
-    torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5 * k**0.5)  # nothing else has changed either
+    torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5 * k**0.5)  # the rest is unchanged
 
 
-def test_a_row_that_comes_twice_is_added_twice(multiply: Multiply) -> None:
+def test_a_row_that_the_index_names_twice_is_added_twice(multiply: Multiply) -> None:
     a, b, c = torch.ones(9, 3), torch.ones(3, 70), torch.zeros(2, 70)
     index = torch.tensor([0, 1, 1, 0, 0, 0, 1, 0, 0], dtype=torch.int32)
     multiply(9, 70, 3, a, 3, None, 0, b, 70, None, 0, c, 70, index, 1)
@@ -90,8 +89,8 @@ def test_a_row_that_comes_twice_is_added_twice(multiply: Multiply) -> None:
 
 
 @pytest.mark.parametrize("b_t", [0, 1])
-def test_a_row_depends_on_nothing_but_itself(multiply: Multiply, b_t: int) -> None:
-    """To the last bit, however many rows there are beside it and wherever it stands."""
+def test_a_row_does_not_depend_on_other_rows(multiply: Multiply, b_t: int) -> None:
+    """To the last bit, whatever their number and order."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(50, 700, generator=generator), torch.randn(700, 90, generator=generator)
     stored = b.T.contiguous() if b_t else b
@@ -109,9 +108,7 @@ def test_a_row_depends_on_nothing_but_itself(multiply: Multiply, b_t: int) -> No
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize(("m", "n", "k"), [(700, 40, 100), (50, 200, 300), (333, 130, 90)])
-def test_threads_share_panels_and_their_rows_and_change_no_bit(
-    multiply: Multiply, m: int, n: int, k: int, threads: int
-) -> None:
+def test_the_number_of_threads_changes_no_bit(multiply: Multiply, m: int, n: int, k: int, threads: int) -> None:
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     a, b = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
     results = []

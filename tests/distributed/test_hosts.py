@@ -1,4 +1,4 @@
-"""The hosts that other tests run on: apart from each other and from this machine, and gone with whoever made them."""
+"""The hosts that other tests run on: isolated from each other and this machine, gone with their maker."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hosts.namespaces import what_is_missing
 
 CONNECT = """
 import socket, sys, time
-begun = time.monotonic()
+start = time.monotonic()
 with socket.create_connection((sys.argv[1], 22), timeout=float(sys.argv[2])):
-    print(time.monotonic() - begun)
+    print(time.monotonic() - start)
 """
 
 
@@ -31,7 +31,7 @@ def processes_of(hosts: Hosts) -> list[int]:
     return [pid for holder in holders for pid in (holder.outer, holder.inner)]
 
 
-def test_hosts_reach_each_other_by_ssh_and_know_only_themselves(hosts: Hosts) -> None:
+def test_hosts_reach_each_other_by_ssh_and_see_only_themselves(hosts: Hosts) -> None:
     for here, there in (("host1", "host2"), ("host2", "host1")):
         done = hosts.run(here, ["ssh", there, "hostname; hostname -I; ls /etc/ssh/authorized_keys; ls /dev/shm"])
         assert done.stdout.split() == [there, hosts.address(there), "/etc/ssh/authorized_keys"], done.stderr
@@ -44,7 +44,7 @@ def test_hosts_reach_each_other_by_ssh_and_know_only_themselves(hosts: Hosts) ->
         sleeper.wait()
 
 
-def test_the_machine_itself_is_left_alone(hosts: Hosts) -> None:
+def test_the_machine_itself_is_unchanged(hosts: Hosts) -> None:
     links = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
     assert not any(name in links for name in ("br0", "port1", "tap1"))
     assert not Path("/etc/ssh/authorized_keys").exists()
@@ -75,7 +75,7 @@ def test_a_slow_cable_delays_both_ways_and_a_lossy_one_loses(hosts: Hosts) -> No
 
 
 @pytest.mark.usefixtures("hosts")
-def test_two_sets_of_hosts_do_not_meet_and_what_is_down_leaves_nothing(tmp_path: Path, hosts: Hosts) -> None:
+def test_two_sets_of_hosts_are_isolated_and_leave_nothing_when_down(tmp_path: Path, hosts: Hosts) -> None:
     with Hosts.up(tmp_path / "other", 3) as other:
         assert other.run("host3", ["ssh", "host1", "hostname"]).stdout == "host1\n"
         assert connect(hosts, "host1", other.address("host3"), timeout=1).returncode == 1
@@ -111,7 +111,7 @@ time.sleep(1000)
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_without_root_or_a_tool_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_root_or_a_tool_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hosts.namespaces.os.geteuid", lambda: 1000)
     assert what_is_missing() == "hosts out of namespaces need root"
     monkeypatch.setattr("hosts.namespaces.os.geteuid", lambda: 0)

@@ -1,4 +1,4 @@
-"""Each launcher starts two ranks that train a few steps, and all leave the same metrics; stopped, killed, restarted."""
+"""Two ranks train a few steps under each launcher, with the same metrics; they are stopped, killed, restarted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def launched(launcher: str, folder: Path, *settings: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """The launcher has run configs/test.toml in the folder with these settings."""
+    """Run configs/test.toml by the launcher, in the directory and with these settings."""
     sets = [word for s in (*settings, "report.wandb='disabled'") for word in ("--set", s)]
     command = [*COMMANDS[launcher], str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "configs" / "test.toml")]
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -38,7 +38,7 @@ def launched(launcher: str, folder: Path, *settings: str, timeout: float = 150) 
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the run's metrics, without what depends on the clock."""
+    """Return the lines of the run's metrics, without the fields that depend on the clock."""
     (path,) = folder.glob("runs/*/metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in lines]
@@ -46,7 +46,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.launch
 @pytest.mark.timeout(500)
-def test_deepspeed_torchrun_and_mpirun_leave_the_same_metrics(tmp_path: Path) -> None:
+def test_deepspeed_torchrun_and_mpirun_write_the_same_metrics(tmp_path: Path) -> None:
     found = {}
     for launcher in COMMANDS:
         folder = tmp_path / launcher
@@ -65,9 +65,8 @@ def test_deepspeed_torchrun_and_mpirun_leave_the_same_metrics(tmp_path: Path) ->
 def test_a_bad_configuration_is_refused_once_with_its_numbers_and_exit_code(tmp_path: Path) -> None:
     refused = launched("torchrun", tmp_path, "parallel.ep_degree=3")
     assert refused.returncode != 0
-    told = [line for line in refused.stderr.splitlines() if line.startswith("alfb: ")]
-    assert len(told) == 1
-    assert "(3)" in told[0]
+    (message,) = [line for line in refused.stderr.splitlines() if line.startswith("alfb: ")]
+    assert "(3)" in message
     assert not (tmp_path / "runs").exists()
 
 
@@ -90,11 +89,11 @@ def test_signals_end_in_a_save_with_code_75_and_no_process_left(case: Case, tmp_
 
 @pytest.mark.launch
 @pytest.mark.timeout(600)
-def test_a_killed_rank_costs_at_most_an_interval_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_killed_rank_costs_at_most_an_interval_and_the_run_ends_with_the_same_metrics(tmp_path: Path) -> None:
     assert restarts.problem("deepspeed", tmp_path, 0, restarts.undisturbed("torchrun", tmp_path)) == ""
 
 
-# Slurm, with commands of our own in the place of srun and scontrol.
+# Slurm, with our own commands in place of srun and scontrol.
 
 SRUN = """#!{python}
 import os, subprocess, sys
@@ -113,13 +112,13 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def slurm(folder: Path, **variables: str) -> dict[str, str]:
-    """The environment of a batch script, with commands that stand for Slurm's."""
+    """Return the environment of a batch script, with commands that replace Slurm's."""
     (folder / "bin").mkdir(exist_ok=True)
     commands = {"srun": SRUN.format(python=sys.executable), "scontrol": f"#!/bin/sh\necho $* >> {folder}/scontrol\n"}
     for name, text in commands.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
-    # An interpreter beside which there is no srun: the one on PATH counts.
+    # There is no srun next to this interpreter: the one on PATH is used.
     own = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_ID": str(os.getpid())}
     return {
         **own,
@@ -133,13 +132,13 @@ def slurm(folder: Path, **variables: str) -> dict[str, str]:
 
 @pytest.mark.launch
 @pytest.mark.timeout(600)
-def test_slurm_job_saves_before_its_limit_is_requeued_and_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+def test_slurm_job_saves_before_its_limit_is_requeued_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
     for name, value in slurm(tmp_path).items():
         monkeypatch.setenv(name, value)
     script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), str(ROOT / "configs" / "test.toml")]
     with Job(tmp_path, script, "train.steps=100000", "train.checkpoint_interval=0") as job:
         job.until_step(2)
-        job.process.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B:USR1@300 has it
+        job.process.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B:USR1@300 does
         assert job.end() == 75, job.text()
         assert job.saves() == job.steps()[-1:]
     assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
@@ -151,13 +150,13 @@ def test_slurm_job_saves_before_its_limit_is_requeued_and_goes_on(tmp_path: Path
         assert f"resumed from step-{last:08}" in again.text()
 
 
-# Kubernetes: what the manifest may hold, by the types of Kubeflow Trainer (pkg/apis/trainer/v1alpha1); no cluster here.
+# Kubernetes: the manifest's keys, by the types of Kubeflow Trainer (pkg/apis/trainer/v1alpha1); no cluster here.
 
 TRAINER_KEYS = {"image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"}
 JOB_KEYS = {"runtimeRef", "initializer", "trainer", "runtimePatches", "suspend", "activeDeadlineSeconds", "managedBy"}
 
 
-def test_train_job_names_what_its_runtime_has_and_starts_alfb_launch(
+def test_train_job_fits_its_runtime_and_starts_alfb_launch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runtime, job = yaml.safe_load_all((ROOT / "launch" / "trainjob.yaml").read_text())
@@ -180,7 +179,7 @@ def test_train_job_names_what_its_runtime_has_and_starts_alfb_launch(
     assert trainer["command"][0] == "alfb"
     assert main([*trainer["command"][1:], *trainer["args"], "--dry-run"]) == 0
     words = capsys.readouterr().out.split()
-    assert words[0].endswith("torchrun") and words[1] == "-m"  # all else is read from PET_ variables
+    assert words[0].endswith("torchrun") and words[1] == "-m"  # torchrun reads the rest from PET_ variables
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "mpirun", "torchrun"])

@@ -1,4 +1,4 @@
-"""What `alfb launch` would start: the exact command of each launcher, and refusals before anything starts."""
+"""The command line of each launcher that `alfb launch` would start, and its refusals before anything starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAIN = ["alfb_dist.cli", "train", CONFIG]
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("SLURM_", "PET_", "OMPI_")):
             monkeypatch.delenv(name)
@@ -37,7 +37,7 @@ def hostfile(tmp_path: Path) -> str:
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
-    """The command that these words would start, its first word without the folder."""
+    """Return the command that these words would start, its first word without the directory."""
     assert main(["launch", CONFIG, "--dry-run", *words]) == 0
     found = shlex.split(capsys.readouterr().out)
     return [Path(found[0]).name, *found[1:]]
@@ -79,7 +79,7 @@ def test_deepspeed_over_hosts(capsys: pytest.CaptureFixture[str], hostfile: str)
     assert "--num_accelerators" not in words
 
 
-def test_mpirun_over_hosts_takes_variables_along_but_no_secret(
+def test_mpirun_over_hosts_exports_variables_but_no_secret(
     capsys: pytest.CaptureFixture[str], hostfile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
@@ -88,9 +88,9 @@ def test_mpirun_over_hosts_takes_variables_along_but_no_secret(
     monkeypatch.setenv("MASTER_ADDR", "stale")
     words = planned(capsys, "--with", "mpirun", "--hostfile", hostfile)
     assert words[words.index("-n") + 1] == "4"
-    taken = {words[i + 1] for i, word in enumerate(words) if word == "-x"}
-    assert {"NCCL_DEBUG", "PATH", "MASTER_ADDR=127.0.0.1"} <= taken
-    assert not {"WANDB_API_KEY", "HF_TOKEN"} & taken
+    exported = {words[i + 1] for i, word in enumerate(words) if word == "-x"}
+    assert {"NCCL_DEBUG", "PATH", "MASTER_ADDR=127.0.0.1"} <= exported
+    assert not {"WANDB_API_KEY", "HF_TOKEN"} & exported
     assert words[words.index("btl") + 1] == "self,tcp" and words[words.index("coll") + 1] == "^han"
     own = planned(capsys, "--with", "mpirun", "--hostfile", hostfile, "--launcher-args", "--mca btl ^sm")
     assert own.count("btl") == 1 and own[own.index("btl") + 1] == "^sm"
@@ -119,7 +119,7 @@ def test_srun_takes_the_tasks_of_the_allocation(
     assert words[:3] == ["srun", "--ntasks", "4"]
 
 
-def test_a_deepspeed_file_goes_along(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_deepspeed_file_is_passed_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"gradient_clipping": 0.5}')
     words = planned(capsys, "--deepspeed", "--deepspeed_config", str(path))
@@ -143,7 +143,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_started_is_refused_with_the_reason(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_launch_that_cannot_start_is_refused_with_the_reason(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, reason = REFUSALS[case]
     assert reason in refused(capsys, *words)
 
@@ -170,7 +170,7 @@ def test_groups_that_would_span_hosts_are_refused(capsys: pytest.CaptureFixture[
     ("text", "words"),
     [
         ("node1 slots=2\nnode1 slots=2\n", r"line 2: node1 is listed twice"),
-        ("node1\n", r"line 1 \('node1'\): must be a host and its ranks"),
+        ("node1\n", r"line 1 \('node1'\): must be a host and its number of ranks"),
         ("node1 slots=0\n", r"line 1 .*must be"),
         ("# nothing\n", "lists no host"),
     ],
@@ -182,24 +182,24 @@ def test_hostfile_mistakes_are_named_by_line(text: str, words: str, tmp_path: Pa
         read_hostfile(path)
 
 
-def test_hosts_are_read_in_their_order(hostfile: str) -> None:
+def test_hosts_are_read_in_the_files_order(hostfile: str) -> None:
     assert list(read_hostfile(Path(hostfile)).items()) == [("127.0.0.1", 2), ("127.0.0.2", 2)]
 
 
-def test_address_toward_this_host_alone_is_a_loopback_one() -> None:
+def test_address_toward_this_host_alone_is_a_loopback_address() -> None:
     assert address_toward(["127.0.0.1"]) == "127.0.0.1"
     assert address_toward([]) == "127.0.0.1"
 
 
-def test_a_host_may_be_known_to_ssh_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_may_be_known_to_ssh_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ssh_config").write_text("Host gpu-one\n  HostName 127.0.0.9\n")
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", f"-F {tmp_path}/ssh_config")
     assert address_of("gpu-one") == "127.0.0.9"
-    with pytest.raises(ConfigError, match="gpu-two is not known here"):
+    with pytest.raises(ConfigError, match=r"gpu-two is not known here .*: fix its name or the hostfile"):
         address_of("gpu-two")
 
 
-def test_mpirun_takes_the_options_of_ssh_that_pdsh_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpirun_gets_the_ssh_options_of_pdsh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F mine")
     monkeypatch.delenv("PRTE_MCA_plm_ssh_args", raising=False)
     assert environment.environment_with_exports("10.0.0.7")["PRTE_MCA_plm_ssh_args"] == "-F mine"
@@ -207,7 +207,7 @@ def test_mpirun_takes_the_options_of_ssh_that_pdsh_takes(monkeypatch: pytest.Mon
     assert environment.environment_with_exports("10.0.0.7")["PRTE_MCA_plm_ssh_args"] == "-F theirs"
 
 
-def test_exports_of_the_deepspeed_launcher_are_the_users_where_there_are_some(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_users_file_of_exports_for_the_deepspeed_launcher_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)

@@ -1,4 +1,4 @@
-"""What alfb launch makes of launchers and ranks that end, crash, are stopped or killed; ranks without torch."""
+"""alfb launch with launchers and ranks that end, crash, are stopped or killed; the ranks run without torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import psutil
 import pytest
 from support.launch_fakes import RANKS
 
-from alfb_dist.distributed.launch.control_channel import Lifeline, Lines
+from alfb_dist.distributed.launch.control_channel import ControlClient, ControlServer
 from alfb_dist.distributed.launch.supervisor import shell_code
 
 FAKES = Path(__file__).parents[1] / "support" / "launch_fakes.py"
 
 
 class Play:
-    """A supervised play in processes of its own, found by a marker in their environment."""
+    """A supervised play in its own processes, found by a marker in their environment."""
 
     def __init__(self, play: str, max_restarts: int = 0) -> None:
         self.marker = uuid.uuid4().hex
@@ -46,7 +46,7 @@ class Play:
         return found
 
     def until_ranks(self) -> str:
-        """The ranks are there: what was printed up to then."""
+        """Wait until the ranks are there, and return what was printed up to then."""
         assert self.process.stdout
         lines = []
         while sum(line.count("resume=") for line in lines) < RANKS:  # two ranks may share a line
@@ -55,7 +55,7 @@ class Play:
         return "".join(lines)
 
     def end(self) -> tuple[int, str]:
-        """(exit code, what was still printed); no process of the play is left."""
+        """Wait for the end of all processes of the play, and return (exit code, what was still printed)."""
         out, _ = self.process.communicate(timeout=60)
         deadline = time.monotonic() + 30
         while self.orphans():
@@ -73,12 +73,12 @@ class Play:
         ("launcher is killed", 75),
         ("crash", 137),
         ("disagree", 75),  # the launcher's own code, since the ranks give no common one
-        ("launcher knows nothing", 1),  # an end without a word from any rank is no success
+        ("launcher knows nothing", 1),  # an end without a code from any rank is no success
         ("launcher leaves a process behind", 0),
-        ("host is cut off", 1),  # and not 137, of the launcher that had to be killed
+        ("host is cut off", 1),  # not 137, of the launcher that had to be killed
     ],
 )
-def test_exit_code_is_the_ranks_and_nothing_stays(play: str, code: int) -> None:
+def test_exit_code_is_the_ranks_and_no_process_is_left(play: str, code: int) -> None:
     assert Play(play).end()[0] == code
 
 
@@ -98,7 +98,7 @@ def test_killed_command_leaves_no_rank() -> None:
     assert play.end()[0] == 137
 
 
-def test_second_interrupt_some_seconds_later_ends_ranks_that_do_not_listen() -> None:
+def test_second_interrupt_some_seconds_later_kills_ranks_that_do_not_respond() -> None:
     play = Play("deaf")
     play.until_ranks()
     play.process.send_signal(signal.SIGINT)
@@ -109,23 +109,23 @@ def test_second_interrupt_some_seconds_later_ends_ranks_that_do_not_listen() -> 
     assert "killed, without a save" in out
 
 
-def test_crash_is_resumed_once_it_has_a_folder() -> None:
+def test_crash_is_resumed_once_the_run_has_a_directory() -> None:
     code, out = Play("crash once", 3).end()
     assert code == 0
     assert out.count("restart ") == 1
-    assert "restart 1 of 3: the run goes on from the newest good save" in out
+    assert "restart 1 of 3: the run continues from the newest good save" in out
     assert "rank 1 (" in out and "was the first to be lost" in out
     assert out.count("resume=True") == RANKS
 
 
-def test_crash_before_a_run_has_a_folder_starts_it_anew() -> None:
+def test_crash_before_the_run_has_a_directory_starts_it_anew() -> None:
     code, out = Play("crash before the start", 1).end()
     assert code == 137
     assert "resume=True" not in out
     assert "from the start, since it had not begun" in out
 
 
-def test_it_gives_up_after_as_many_restarts_as_allowed() -> None:
+def test_it_gives_up_after_max_restarts() -> None:
     code, out = Play("crash", 2).end()
     assert code == 137
     assert [f"restart {n} of 2" in out for n in (1, 2, 3)] == [True, True, False]
@@ -133,7 +133,7 @@ def test_it_gives_up_after_as_many_restarts_as_allowed() -> None:
 
 
 @pytest.mark.parametrize(("play", "code"), [("bad configuration", 78), ("done", 0)])
-def test_what_is_no_crash_is_not_restarted(play: str, code: int) -> None:
+def test_only_a_crash_is_restarted(play: str, code: int) -> None:
     found, out = Play(play, 5).end()
     assert found == code
     assert "restart" not in out
@@ -155,41 +155,41 @@ def test_death_by_signal_is_128_and_its_number(given: int, code: int) -> None:
     assert shell_code(given) == code
 
 
-# The line itself.
+# The control channel.
 
 
-def test_strangers_are_not_listened_to() -> None:
-    lines = Lines("127.0.0.1")
-    host, port, token = lines.address.rsplit(":", 2)
-    stranger = Lifeline(f"{host}:{port}:{'0' * len(token)}", 0)
-    stranger.tell(code=0)  # the right port, another token
+def test_messages_without_the_token_are_ignored() -> None:
+    server = ControlServer("127.0.0.1")
+    host, port, token = server.address.rsplit(":", 2)
+    stranger = ControlClient(f"{host}:{port}:{'0' * len(token)}", 0)
+    stranger.send(code=0)  # the right port, another token
     with socket.create_connection((host, int(port))) as noise:
         noise.sendall(b"GET / HTTP/1.1\r\n\r\n")
         for _ in range(5):
-            lines.serve(0.05)
-        assert not lines.codes and not lines.connected and not lines.lost
+            server.serve(0.05)
+        assert not server.codes and not server.connected and not server.lost
     stranger.close()
-    lines.close()
+    server.close()
 
 
-def test_a_rank_sees_whether_the_command_is_reached() -> None:
-    assert Lifeline("", 0).reached()  # without one there is nothing to reach
-    lines = Lines("127.0.0.1")
-    rank = Lifeline(lines.address, 0)
-    assert rank.reached()
-    lines.close()
-    assert not rank.reached()
+def test_a_rank_sees_whether_the_command_is_reachable() -> None:
+    assert ControlClient("", 0).is_reachable()  # without an address there is nothing to reach
+    server = ControlServer("127.0.0.1")
+    rank = ControlClient(server.address, 0)
+    assert rank.is_reachable()
+    server.close()
+    assert not rank.is_reachable()
     rank.close()
 
 
-def test_rank_that_comes_late_is_asked_at_once() -> None:
-    lines, asked = Lines("127.0.0.1"), []
-    lines.stop()
-    rank = Lifeline(lines.address, 5)
-    rank.on_stop(lambda: asked.append(True))
+def test_rank_that_connects_late_is_asked_to_stop_at_once() -> None:
+    server, stopped = ControlServer("127.0.0.1"), []
+    server.stop()
+    rank = ControlClient(server.address, 5)
+    rank.on_stop(lambda: stopped.append(True))
     deadline = time.monotonic() + 30
-    while not (asked and lines.connected) and time.monotonic() < deadline:
-        lines.serve(0.05)
-    assert asked and list(lines.connected) == [5]
+    while not (stopped and server.connected) and time.monotonic() < deadline:
+        server.serve(0.05)
+    assert stopped and list(server.connected) == [5]
     rank.close()
-    lines.close()
+    server.close()

@@ -1,4 +1,4 @@
-"""An exchange that fails names who is missing, where the others stand, and what another rank has told of its end."""
+"""A failed exchange names the rank that is missing, the position of others, or the failure that a rank reported."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hosts.cluster import Hosts
 from support.ranks import PRELOAD
 from support.ranks import _main as rank_main
 
-from alfb_dist.distributed.agreement import agreed
+from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.distributed.collectives import all_sum, set_timeouts, share_objects
 from alfb_dist.distributed.liveness import Peer, PeerError, Peers, failed_exchange
 from alfb_dist.distributed.network import choose_interface, interface_of, own_address
 
 
-def met(timeout_seconds: float) -> Peers:
-    """Ranks that know each other and wait so long."""
+def meet(timeout_seconds: float) -> Peers:
+    """Let the ranks know each other, with this timeout."""
     peers = Peers(dist.get_rank())
     peers.meet(share_objects(peers.me, dist.group.WORLD))
     assert dist.group.WORLD is not None
@@ -35,31 +35,31 @@ def met(timeout_seconds: float) -> Peers:
 
 
 def exchange_by(way: str) -> Callable[[], None]:
-    """Something that needs the other two ranks: a sum of all, or rows to each."""
+    """Return something that needs the other two ranks: a sum of all, or rows to each."""
     assert dist.group.WORLD is not None
     exchange = Exchange(dist.group.WORLD)
     if way == "rows by network":
         os.environ["ALFB_SHARED_MEMORY"] = "0"
-        return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1], [1, 1, 1]) and None
+        return lambda: exchange.all_to_all([(torch.ones(3, 2), None)], [1, 1, 1], [1, 1, 1]) and None
     if way == "rows":
-        return lambda: exchange.swap([(torch.ones(3, 2), None)], [1, 1, 1]) and None
+        return lambda: exchange.all_to_all([(torch.ones(3, 2), None)], [1, 1, 1]) and None
     return lambda: all_sum(torch.ones(1), dist.group.WORLD) and None
 
 
-def someone_stops(kind: str, way: str) -> None:
-    """In step 3 rank 1 stops, dies, is late or fails; what the ranks that are left are told, and after how long."""
-    peers, exchange = met(2.0), exchange_by(way)
+def stop_one(kind: str, way: str) -> None:
+    """Stop, kill, delay or fail rank 1 in step 3; the others leave their error, and after how long it came."""
+    peers, exchange = meet(2.0), exchange_by(way)
     others = {peer.rank: peer for peer in peers.others}
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
         with peers.watch():
             for peers.step in (1, 2, 3):
                 if peers.step == 3 and dist.get_rank() == 1:
                     stop_here(kind)
-                begun = time.monotonic()
+                start = time.monotonic()
                 exchange()
     except PeerError as error:
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         if kind == "stopped" and dist.get_rank() == 0:
             time.sleep(1)  # rank 2 may still be asking
             os.kill(others[1].pid, signal.SIGCONT)
@@ -70,34 +70,34 @@ def someone_stops(kind: str, way: str) -> None:
 
 
 def stop_here(kind: str) -> None:
-    time.sleep(0.5)  # the others have read what came before
+    time.sleep(0.5)  # until the others have read the exchange before
     if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "late":
-        agreed(lambda: time.sleep(8), None, ValueError)
+        on_every_rank(lambda: time.sleep(8), None, ValueError)
     else:
         raise ValueError("a damaged file")
 
 
 def leave(message: str, seconds: float) -> None:
-    """What this rank saw is in the folder; its process ends, as its groups are broken."""
+    """Write what this rank saw, and end its process, as its groups are broken."""
     Path(os.environ["SEEN"], f"{dist.get_rank()}").write_text(f"{seconds}\n{message}")
     os._exit(0)
 
 
-def in_folder(folder: str, kind: str, way: str) -> None:
+def run_in(folder: str, kind: str, way: str) -> None:
     os.environ["SEEN"] = folder
-    someone_stops(kind, way)
+    stop_one(kind, way)
 
 
 def seen_after(kind: str, way: str, folder: Path) -> dict[int, tuple[float, str]]:
-    """What each of three ranks left: the seconds it waited and its error. All run on until they end by themselves."""
+    """Return the seconds that each of three ranks waited, and its error. All run until they end by themselves."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     processes = [
-        context.Process(target=rank_main, args=(in_folder, rank, 3, str(folder), (str(folder), kind, way)), daemon=True)
+        context.Process(target=rank_main, args=(run_in, rank, 3, str(folder), (str(folder), kind, way)), daemon=True)
         for rank in range(3)
     ]
     for process in processes:
@@ -111,24 +111,26 @@ def seen_after(kind: str, way: str, folder: Path) -> dict[int, tuple[float, str]
 
 
 @pytest.mark.parametrize(
-    ("kind", "way", "told"),
+    ("kind", "way", "expected"),
     [
         ("stopped", "sum", "no answer (stopped, or its host is cut off): rank 1 on "),
         ("killed", "sum", "the process is gone: rank 1 on "),
-        ("late", "sum", "still at step 3, agreed: rank 1 on "),
+        ("late", "sum", "still at step 3, on_every_rank: rank 1 on "),
         ("failed", "sum", "failed at step 3, the loop: ValueError: a damaged file"),
         ("stopped", "rows", "no answer (stopped, or its host is cut off): rank 1 on "),
         ("killed", "rows", "the process is gone: rank 1 on "),
-        ("late", "rows", "still at step 3, agreed: rank 1 on "),
-        ("late", "rows by network", "still at step 3, agreed: rank 1 on "),
+        ("late", "rows", "still at step 3, on_every_rank: rank 1 on "),
+        ("late", "rows by network", "still at step 3, on_every_rank: rank 1 on "),
     ],
 )
-def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, kind: str, way: str, told: str) -> None:
+def test_the_rank_that_stops_is_named_with_step_and_operation(
+    tmp_path: Path, kind: str, way: str, expected: str
+) -> None:
     seen = seen_after(kind, way, tmp_path)
     for rank in (0, 2):
         waited, message = seen[rank]
-        assert message.startswith(("step 3, all_sum: ", "step 3, swap > ")), message
-        assert told in message
+        assert message.startswith(("step 3, all_sum: ", "step 3, all_to_all > ")), message
+        assert expected in message
         assert f"This is rank {rank} on " in message
         assert message.count("rank 0") + message.count("rank 2") == 1  # the one to blame, and oneself
         assert waited < 60  # of torch's half hour
@@ -136,21 +138,15 @@ def test_the_rank_that_stops_is_named_with_step_and_operation(tmp_path: Path, ki
         assert seen[1][1] == "own: a damaged file"
 
 
-def place(rank: int) -> tuple[str, bool]:
-    """An error of this rank's own work is left as it is, alone in its world too."""
-    peers = Peers(rank)
+def test_an_error_of_a_world_of_one_is_left_as_it_is() -> None:
+    peers = Peers(0)
     with pytest.raises(KeyError), peers.watch():
         raise KeyError("x")
     peers.close()
-    return str(peers.me), failed_exchange(KeyError("x"))
+    assert str(peers.me) == f"rank 0 on {socket.gethostname()} (pid {os.getpid()})"
 
 
-def test_a_world_of_one_has_nobody_to_ask() -> None:
-    me, _ = place(0)
-    assert me == f"rank 0 on {socket.gethostname()} (pid {os.getpid()})"
-
-
-def test_hosts_of_one_name_are_told_apart_by_their_addresses() -> None:
+def test_hosts_of_one_name_are_distinguished_by_their_addresses() -> None:
     assert str(Peer(2, "node", 7, ("10.0.0.9", 4711))) == "rank 2 on node at 10.0.0.9 (pid 7)"
     assert str(Peer(2, "node", 7, ("127.0.0.1", 4711))) == "rank 2 on node (pid 7)"
 
@@ -159,7 +155,7 @@ def broken() -> None:
     raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:4711")
 
 
-def test_what_a_rank_has_told_of_its_end_outweighs_its_silence() -> None:
+def test_a_reported_failure_outweighs_silence() -> None:
     left, failing, third = (Peers(rank) for rank in range(3))
     for peers in (left, failing, third):
         peers.meet([left.me, failing.me, third.me])
@@ -179,7 +175,7 @@ def test_what_a_rank_has_told_of_its_end_outweighs_its_silence() -> None:
     assert "rank 0" not in str(error.value)
 
 
-def test_what_a_rank_has_found_out_is_told_to_the_rest() -> None:
+def test_the_cause_that_a_rank_found_is_reported_to_the_rest() -> None:
     first, gone, second = (Peers(rank) for rank in range(3))
     for peers in (first, gone, second):
         peers.meet([first.me, gone.me, second.me])
@@ -193,11 +189,12 @@ def test_what_a_rank_has_found_out_is_told_to_the_rest() -> None:
     assert "rank 0" not in str(error.value)
 
 
-def test_only_the_backends_errors_are_of_an_exchange() -> None:
+def test_only_errors_of_the_backend_are_failed_exchanges() -> None:
     assert failed_exchange(RuntimeError("[third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
     assert failed_exchange(dist.DistBackendError("NCCL timed out"))
     assert not failed_exchange(RuntimeError("3 steps in a row were skipped"))
     assert not failed_exchange(ValueError("gloo"))
+    assert not failed_exchange(KeyError("x"))
 
 
 def test_the_interface_is_the_one_that_leads_to_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:

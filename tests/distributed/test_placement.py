@@ -9,7 +9,7 @@ from alfb_dist.distributed.placement import ROWS, check_placement, grid_rows, sp
 
 
 def on(**ranks: int) -> list[str]:
-    """The host of each rank, host by host."""
+    """Return the host of each rank, host by host."""
     return [host for host, count in ranks.items() for _ in range(count)]
 
 
@@ -18,7 +18,7 @@ def on(**ranks: int) -> list[str]:
     [
         (on(a=4, b=4), 2, []),
         (on(a=4, b=4), 4, []),
-        (on(a=4, b=4), 8, []),  # does not fit on a host: nothing to be mended
+        (on(a=4, b=4), 8, []),  # does not fit on a host: nothing to fix
         (on(a=2, b=2), 4, []),
         (on(a=6, b=6), 4, [[4, 5, 6, 7]]),
         (on(a=3, b=3), 2, [[2, 3]]),
@@ -26,14 +26,14 @@ def on(**ranks: int) -> list[str]:
         (on(a=4, b=2, c=2), 4, []),  # the second group fits on neither of its hosts
     ],
 )
-def test_groups_that_span_hosts_for_nothing(hosts: list[str], ep_degree: int, spanning: list[list[int]]) -> None:
+def test_groups_that_span_hosts_without_need(hosts: list[str], ep_degree: int, spanning: list[list[int]]) -> None:
     assert spanning_groups(hosts, ep_degree) == spanning
 
 
-def test_a_spanning_group_is_told_refused_or_not_looked_at() -> None:
+def test_a_spanning_group_is_reported_refused_or_ignored() -> None:
     hosts = on(node1=6, node2=6)
-    note = check_placement(hosts, 4, "prefer-node")
-    assert "1 of 3 expert-parallel groups span hosts, such as ranks 4-7 (2 on node1, 2 on node2)" in note
+    warning = check_placement(hosts, 4, "prefer-node")
+    assert "1 of 3 expert-parallel groups span hosts, such as ranks 4-7 (2 on node1, 2 on node2)" in warning
     with pytest.raises(ConfigError, match='expert_placement = "node"'):
         check_placement(hosts, 4, "node")
     assert check_placement(hosts, 4, "any") == ""
@@ -41,7 +41,7 @@ def test_a_spanning_group_is_told_refused_or_not_looked_at() -> None:
     assert check_placement([], 4, "node") == ""
 
 
-def test_table_has_a_row_a_rank() -> None:
+def test_table_has_a_row_for_each_rank() -> None:
     assert grid_rows(on(a=2, b=2), 2, 8) == [
         ("a", "0", "0", "0-3"),
         ("a", "1", "0", "4-7"),

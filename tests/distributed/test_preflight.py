@@ -1,4 +1,4 @@
-"""Hosts that differ are told apart by what, where and which value, before a run starts."""
+"""Hosts that differ are refused before a run starts, with the fact, the values and the hosts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_facts_that_are_the_same_are_no_difference() -> None:
-    assert differences([("a", {"torch": "2"}), ("a", {"torch": "2"}), ("b", {"torch": "2"})], "mend") == []
+    assert differences([("a", {"torch": "2"}), ("a", {"torch": "2"}), ("b", {"torch": "2"})], "fix") == []
 
 
 def test_a_difference_names_the_fact_its_values_and_who_has_them() -> None:
@@ -44,11 +44,11 @@ def test_facts_hold_versions_and_change_with_any_source_file(tmp_path: Path, mon
     assert {name for name, value in facts().items() if same[name] != value} == {"hash of alfb_dist's files"}
 
 
-# Over ssh, here a script in its place; below, on real hosts.
+# Over ssh, which is a script here; on real hosts below.
 
 
 def fake_ssh(folder: Path, body: str) -> list[str]:
-    """A program that is called as ssh is: options, host, command."""
+    """Return the command of a program that is called like ssh: options, host, command."""
     script = folder / "ssh"
     script.write_text(f'#!/bin/sh\nshift 4; host="$1"; shift\n{body}\n')
     script.chmod(0o755)
@@ -65,7 +65,7 @@ def test_hosts_that_answer_alike_pass(tmp_path: Path) -> None:
     check_hosts(["a", "b"], port=0, ssh=fake_ssh(tmp_path, 'sh -c "$*"'))
 
 
-def test_hosts_that_do_not_answer_are_all_told(tmp_path: Path) -> None:
+def test_hosts_that_do_not_answer_are_all_reported(tmp_path: Path) -> None:
     refused = fake_ssh(tmp_path, 'echo "ssh: connect to $host: refused" >&2; exit 255')
     assert refusal(refused) == [
         "a cannot be reached over ssh without a password: ssh: connect to a: refused",
@@ -75,25 +75,25 @@ def test_hosts_that_do_not_answer_are_all_told(tmp_path: Path) -> None:
     assert "cannot be run here" in refusal([str(tmp_path / "none")])[0]
 
 
-def test_a_host_without_this_python_is_told(tmp_path: Path) -> None:
+def test_a_host_without_this_python_is_reported(tmp_path: Path) -> None:
     only_b = fake_ssh(tmp_path, 'if [ $host = b ]; then set -- "$(echo "$*" | sed s/python/pyth0n/g)"; fi; sh -c "$*"')
-    (told,) = refusal(only_b)
-    assert told.startswith(f"b cannot run {sys.executable} with alfb_dist (") and "No such file" in told
+    (message,) = refusal(only_b)
+    assert message.startswith(f"b cannot run {sys.executable} with alfb_dist (") and "No such file" in message
 
 
-def test_a_busy_port_is_told_only_on_the_first_host(tmp_path: Path) -> None:
+def test_a_busy_port_is_reported_only_on_the_first_host(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        (told,) = refusal(fake_ssh(tmp_path, 'sh -c "$*"'), port=port)
-    assert told.startswith(f"port {port} on a is not free (") and "in use" in told
+        (message,) = refusal(fake_ssh(tmp_path, 'sh -c "$*"'), port=port)
+    assert message.startswith(f"port {port} on a is not free (") and "in use" in message
     check_hosts(["a", "b"], port=port, ssh=fake_ssh(tmp_path, 'sh -c "$*"'))
 
 
-# As ranks meet.
+# When ranks meet.
 
 
 def start_differently(folder: str, what: str) -> str:
-    """Ranks that differ in one thing start a run: what each is told."""
+    """Start a run on ranks that differ in one thing, and return this rank's error."""
     import torch.distributed as dist
     from support.train_runs import config_of
 
@@ -123,7 +123,7 @@ def other_data(train: Any, validation: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "expected"),
     [
         ("versions", f"torch is '{true_versions()['torch']}' on {{host}}, but '2.12.0' on {{host}}; "),
         ("data", "{folder}/cache/"),
@@ -131,21 +131,23 @@ def other_data(train: Any, validation: Any) -> tuple[Any, Any]:
         ("settings", "balance.rate is 0.01 on {host}, but 0.5 on {host}; make it the same on every host"),
     ],
 )
-def test_ranks_that_differ_are_all_refused_with_both_values(ranks: Any, tmp_path: Path, what: str, told: str) -> None:
+def test_ranks_that_differ_are_all_refused_with_both_values(
+    ranks: Any, tmp_path: Path, what: str, expected: str
+) -> None:
     messages = ranks(2, start_differently, str(tmp_path), what)
     assert messages[0] == messages[1]
-    assert messages[0].startswith(told.format(host=socket.gethostname(), folder=tmp_path))
+    assert messages[0].startswith(expected.format(host=socket.gethostname(), folder=tmp_path))
     assert len(messages[0].splitlines()) == 1
     if what == "data":
         assert "validation.tokens is '" in messages[0] and "but 'other' on" in messages[0]
     assert not list(tmp_path.glob("runs/test/*"))
 
 
-# On hosts of their own.
+# On hosts in namespaces.
 
 
 def launch(hosts: Hosts, folder: Path, hostfile: str, *words: str) -> list[str]:
-    """What `alfb launch` on host1 says of this hostfile, after it has refused it."""
+    """Return the lines with which `alfb launch` on host1 refuses this hostfile."""
     (folder / "hosts").write_text(hostfile)
     command = [sys.executable, "-m", "alfb_dist.cli", "launch", str(ROOT / "configs" / "test.toml"), *words]
     done = hosts.run("host1", [*command, "--hostfile", str(folder / "hosts"), "--set", "parallel.ep_degree=4"])
@@ -158,7 +160,7 @@ TWO = "host1 slots=2\nhost2 slots=2\n"
 
 
 @pytest.mark.parametrize(
-    ("hostfile", "told"),
+    ("hostfile", "expected"),
     [
         ("host1 slots=2\nhost2 slotz=2\n", ["line 2", "'host2 slotz=2'", "slots="]),
         ("host1 slots=2\nhost2 slots=0\n", ["line 2", "'host2 slots=0'"]),
@@ -168,10 +170,10 @@ TWO = "host1 slots=2\nhost2 slots=2\n"
     ],
 )
 def test_a_wrong_hostfile_is_refused_with_its_line(
-    hosts: Hosts, tmp_path: Path, hostfile: str, told: list[str]
+    hosts: Hosts, tmp_path: Path, hostfile: str, expected: list[str]
 ) -> None:
     (line,) = launch(hosts, tmp_path, hostfile)
-    assert all(words in line for words in told), line
+    assert all(words in line for words in expected), line
 
 
 def test_a_host_that_is_cut_off_is_named(hosts: Hosts, tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_port_that_another_process_has_is_named(hosts: Hosts, tmp_path: Path) 
 
 
 def test_other_versions_on_one_host_are_named_with_both_values(hosts: Hosts, tmp_path: Path) -> None:
-    """host2 gets another transformers by a file laid over its metadata, which only host2 sees."""
+    """On host2 a file with another version is mounted over transformers' metadata."""
     from importlib import metadata
 
     files = metadata.distribution("transformers").files
@@ -210,12 +212,11 @@ def test_other_versions_on_one_host_are_named_with_both_values(hosts: Hosts, tmp
         (line,) = launch(hosts, tmp_path, TWO)
     finally:
         hosts.run("host2", ["umount", str(real)])
-    told = f"transformers is '{version}' on host1, but '5.0.1' on host2; install the same on every host"
-    assert line == told
+    assert line == f"transformers is '{version}' on host1, but '5.0.1' on host2; install the same on every host"
 
 
 def test_the_answer_of_a_host_is_one_line_of_json(hosts: Hosts) -> None:
     answer = hosts.run("host2", [sys.executable, "-m", "alfb_dist.distributed.launch.preflight", "0"], cwd=str(ROOT))
-    said = json.loads(answer.stdout)
-    assert said.pop("clock") > 1.7e9  # seconds since 1970
-    assert said == {**facts(), "port_error": ""}
+    found = json.loads(answer.stdout)
+    assert found.pop("clock") > 1.7e9  # seconds since 1970
+    assert found == {**facts(), "port_error": ""}

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-import psutil
 import pytest
 
-from alfb_dist.distributed.launch import signals as stop_module
+from alfb_dist.distributed.launch import signals as signals_module
 from alfb_dist.distributed.launch.signals import STOP_SIGNALS, StopSignals
-from alfb_dist.distributed.rendezvous import launchers, watch
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_each_signal_asks_and_the_old_handler_comes_back(number: signal.Signals) -> None:
+def test_each_signal_requests_a_stop_and_the_old_handler_is_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignals() as stop:
-        assert not stop.asked
+        assert not stop.requested
         signal.raise_signal(number)
-        assert stop.asked
+        assert stop.requested
     assert signal.getsignal(number) is before
 
 
 def test_second_interrupt_counts_only_after_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: now)
     with StopSignals() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # Ctrl-C by way of the launcher
-        assert stop.asked
+        assert stop.requested
         now = 104.0
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_request_from_a_thread_before_the_start_ends_and_later_asks() -> None:
+def test_request_from_a_thread_ends_the_process_before_the_start_and_is_recorded_after_it() -> None:
     ended = []
     with StopSignals(before_start=lambda: ended.append(True)) as stop:
         threading.Thread(target=stop.request).start()
@@ -49,9 +46,9 @@ def test_request_from_a_thread_before_the_start_ends_and_later_asks() -> None:
         while not ended and time.monotonic() < deadline:
             time.sleep(0.01)
         stop.start()
-        stop.asked, count = False, len(ended)
+        stop.requested, count = False, len(ended)
         stop.request()
-        assert stop.asked and len(ended) == count
+        assert stop.requested and len(ended) == count
 
 
 BLOCKED = """
@@ -62,12 +59,12 @@ mutex = ctypes.create_string_buffer(256)
 lock = ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
 print("ready", flush=True)
-lock(mutex)  # waits for ever, where no Python handler runs, as in a collective
+lock(mutex)  # blocks for ever, where no Python handler runs, as in a collective
 """
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_before_the_start_a_signal_ends_a_process_whose_main_thread_waits_elsewhere(number: signal.Signals) -> None:
+def test_before_the_start_a_signal_ends_a_process_whose_main_thread_is_blocked(number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE)
     try:
         assert process.stdout and process.stdout.readline() == b"ready\n"
@@ -76,38 +73,3 @@ def test_before_the_start_a_signal_ends_a_process_whose_main_thread_waits_elsewh
     finally:
         process.kill()
         process.communicate()
-
-
-# Launchers above a process.
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        (["/bin/mpirun", "-n", "2"], True),
-        (["python", "-u", "-m", "deepspeed.launcher.launch", "x"], True),
-        (["python", "/venv/bin/deepspeed", "x.py"], True),
-        (["bash", "/home/me/deepspeed/run.sh"], False),
-        (["bash", "-c", "nohup deepspeed x.py"], False),
-        (["python", "train.py", "--config", "a", "deepspeed"], False),
-    ],
-)
-def test_launchers_are_known_by_name(words: list[str], found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Above:
-        def cmdline(self) -> list[str]:
-            return words
-
-    shell = Above()
-    shell.cmdline = lambda: ["-bash"]  # type: ignore[method-assign]
-    monkeypatch.setattr(psutil.Process, "parents", lambda _: [Above(), shell, Above()])
-    assert len(launchers()) == int(found)  # and none beyond one that is no launcher
-
-
-def test_end_of_a_watched_process_is_told_also_where_nobody_has_taken_it_away() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = threading.Event()
-    watch([psutil.Process(os.getpid()), psutil.Process(process.pid)], gone.set, every_seconds=0.02)
-    assert not gone.wait(0.2)
-    process.kill()  # a zombie until waited for
-    assert gone.wait(60)
-    process.communicate()

@@ -1,4 +1,4 @@
-"""Who a process is under each launcher, and the expert-parallel x expert-data grid."""
+"""Rank, world and address of a process under each launcher, and the expert-parallel x expert-data grid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An empty environment in the place of this process's."""
+    """An empty environment in place of this process's."""
     variables: dict[str, str] = {}
     monkeypatch.setattr("alfb_dist.distributed.rendezvous.os", types.SimpleNamespace(environ=variables))
     return variables
@@ -95,7 +95,7 @@ def grid_here() -> dict[str, Any]:
     }
 
 
-def test_groups_are_the_grids_with_our_timeout(tmp_path: Any) -> None:
+def test_groups_of_the_grid_have_our_timeout(tmp_path: Any) -> None:
     for rank, seen in enumerate(run_ranks(4, grid_here, folder=tmp_path)):
         pair, column = ([0, 1], [2, 3])[rank // 2], ([0, 2], [1, 3])[rank % 2]
         assert seen == {
@@ -108,7 +108,7 @@ def test_groups_are_the_grids_with_our_timeout(tmp_path: Any) -> None:
         }
 
 
-# Who this process is.
+# The identity of this process.
 
 
 def test_plain_process_is_a_world_of_one(environment: dict[str, str]) -> None:
@@ -137,7 +137,7 @@ def test_missing_variable_is_named(environment: dict[str, str], missing: str) ->
     del environment[missing]
     with pytest.raises(RuntimeError, match=f"missing: {missing}$"):
         discover()
-    assert missing not in environment  # nothing was made up
+    assert missing not in environment  # nothing was invented
 
 
 def test_address_alone_does_not_make_a_plain_process_a_rank(environment: dict[str, str]) -> None:
@@ -166,11 +166,11 @@ def fake_mpi(monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
     return mpi
 
 
-@pytest.mark.parametrize("sign_of_mpi", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_under_mpirun_mpi4py_tells(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, sign_of_mpi: str
+@pytest.mark.parametrize("mpi_variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_under_mpirun_mpi4py_is_asked(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, mpi_variable: str
 ) -> None:
-    environment[sign_of_mpi] = "4"
+    environment[mpi_variable] = "4"
     mpi = fake_mpi(monkeypatch, World())
     assert discover() == (3, 4, 1)
     assert mpi.ended  # a killed mpirun would abort ranks that still took part in MPI
@@ -192,7 +192,7 @@ def test_under_mpirun_on_one_host_the_address_is_local(
     assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_under_mpirun_hosts_of_one_name_are_told_apart_by_the_launcher(
+def test_under_mpirun_hosts_of_one_name_are_distinguished_by_the_launcher(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Open MPI takes them for one host, and its split hangs or crashes."""
@@ -214,7 +214,7 @@ def test_under_mpirun_hosts_of_one_name_are_told_apart_by_the_launcher(
     assert environment["MASTER_ADDR"] == "own toward 10.0.0.7"
 
 
-def test_mpi_that_others_have_started_is_left_running(
+def test_mpi_that_was_running_before_is_left_running(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment["OMPI_COMM_WORLD_SIZE"] = "4"
@@ -236,7 +236,7 @@ SLURM = {
 }
 
 
-def test_under_srun_slurms_variables_tell(environment: dict[str, str]) -> None:
+def test_under_srun_slurms_variables_are_used(environment: dict[str, str]) -> None:
     environment.update(SLURM)
     assert launched_world() == (5, 7)
     assert local_size() == 3
@@ -251,13 +251,13 @@ def test_address_and_port_that_are_set_win_over_slurms(environment: dict[str, st
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.7", "29501")
 
 
-def test_batch_script_is_no_rank(environment: dict[str, str]) -> None:
+def test_batch_script_is_not_a_rank(environment: dict[str, str]) -> None:
     environment.update(SLURM_PROCID="0", SLURM_NTASKS="7", SLURM_JOB_ID="1000", SLURM_LOCALID="0")
     assert launched_world() == (0, 1)
     assert discover() == (0, 1, 0)
 
 
-def test_mpirun_inside_a_slurm_step_tells(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpirun_inside_a_slurm_step_wins(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     environment.update(SLURM, OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3")
     fake_mpi(monkeypatch, World())
     assert launched_world() == (3, 4)
@@ -286,7 +286,7 @@ def test_tasks_of_a_slurm_node(environment: dict[str, str], counts: str, sizes: 
         assert local_size() == size
 
 
-def test_mpirun_without_mpi4py_says_what_to_install(
+def test_mpirun_without_mpi4py_is_refused_with_the_package_to_install(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment["OMPI_COMM_WORLD_SIZE"] = "2"
@@ -300,14 +300,14 @@ def init_here() -> tuple[str, bool, tuple[int, int, int]]:
     return str(device), dist.get_backend() == "gloo", discover()
 
 
-def test_init_takes_a_group_that_is_up_already(tmp_path: Any) -> None:
+def test_init_keeps_a_world_group_that_exists(tmp_path: Any) -> None:
     assert run_ranks(2, init_here, folder=tmp_path) == [("cpu", True, (0, 2, 0)), ("cpu", True, (1, 2, 1))]
 
 
 # Where the ranks meet.
 
 
-def test_taken_port_is_told_before_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taken_port_is_refused_before_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         for name, value in zip(VARIABLES, ("0", "2", "0", "127.0.0.1", str(port))):
@@ -316,7 +316,7 @@ def test_taken_port_is_told_before_ranks_wait_for_each_other(monkeypatch: pytest
             init_distributed(timeout_seconds=1)
 
 
-def test_interface_leads_to_the_first_rank_unless_asked_for_or_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interface_leads_to_the_first_rank_unless_given_or_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in INTERFACE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     assert choose_interface("127.0.0.1") == "lo"
@@ -325,19 +325,19 @@ def test_interface_leads_to_the_first_rank_unless_asked_for_or_set(monkeypatch: 
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     assert choose_interface("203.0.113.1", "lo") == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"  # set by the user: stays
-    with pytest.raises(ValueError, match=r"run\.interface \(eth77\): this host has .*lo"):
+    with pytest.raises(ValueError, match=r"run\.interface \(eth77\) must be one of this host's: .*lo"):
         choose_interface("127.0.0.1", "eth77")
 
 
-def deepspeeds_timeouts() -> set[float]:
+def timeouts_of_an_engine() -> set[float]:
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
     ds_config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": 1}}
     before = set(dist.distributed_c10d._world.pg_map)
     alfb_dist.initialize(tiny_model(), ds_config, ep_degree=2, timeout_seconds=33)
     made = set(dist.distributed_c10d._world.pg_map) - before
-    assert len(made) >= 3, made  # those of experts and their data, and what DeepSpeed made
+    assert len(made) >= 3, made  # of experts and their data, and DeepSpeed's
     return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in made}
 
 
 def test_every_group_of_an_engine_has_our_timeout(tmp_path: Any) -> None:
-    assert run_ranks(4, deepspeeds_timeouts, folder=tmp_path) == [{33.0}] * 4
+    assert run_ranks(4, timeouts_of_an_engine, folder=tmp_path) == [{33.0}] * 4

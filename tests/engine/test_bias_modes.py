@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from alfb_dist.config import ConfigError, config_to_toml, load_config
-from alfb_dist.config.settings import balancing_of
 from alfb_dist.engine.balancer import Balancer
 from alfb_dist.engine.initialize import initialize
+from alfb_dist.training.settings import balancing_of
 
 RELEASED = torch.tensor([[5.001, 5.002, 5.003, 5.006], [35.5, 35.25, 35.125, 35.0]])
 LOAD_LE = torch.tensor([[10, 0, 0, 0], [5, 4, 3, 4]])

@@ -13,8 +13,8 @@ from support.tiny import tiny_model
 
 import alfb_dist
 from alfb_dist.config import ConfigError, load_config
-from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.engine.balancer import rate_of
+from alfb_dist.engine.balancing import Balancing
 from alfb_dist.engine.ds_config import (
     check_ds_config,
     derive_ds_config,
@@ -23,6 +23,7 @@ from alfb_dist.engine.ds_config import (
     with_defaults,
     with_section,
 )
+from alfb_dist.moe.sharding import Sharding
 
 TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
 
@@ -241,9 +242,9 @@ def initialized(folder: str) -> tuple[Any, ...]:
     experts = next(m for m in engine.module.modules() if getattr(m, "grid", None) is not None)
     with pytest.raises(ValueError, match="ep_degree is missing"):
         alfb_dist.initialize(tiny_model(), {"train_micro_batch_size_per_gpu": 1})
-    return experts.sharding.ep_degree, experts.grid.ep_degree, balancer.balancing
+    return experts.sharding.ep_degree, experts.grid.ep_degree, balancer.rule, balancer.rate(0), balancer.centered
 
 
 def test_initialize_takes_a_file_with_the_section(ranks: Any, tmp_path: Path) -> None:
-    expected = (2, 2, Balancing(rule="rms", rate=0.25, centered=True))
+    expected = (2, 2, "rms", 0.25, True)
     assert ranks(2, initialized, str(tmp_path)) == [expected] * 2

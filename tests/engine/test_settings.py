@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import alfb_dist
-from alfb_dist.config.settings import Balancing, Sharding
 from alfb_dist.engine.balancer import rate_of
+from alfb_dist.engine.balancing import Balancing
+from alfb_dist.moe.sharding import Sharding
 
 PUBLIC = [alfb_dist.parallelize, alfb_dist.initialize, alfb_dist.Balancer, alfb_dist.BalanceCallback]
 

@@ -1,4 +1,4 @@
-"""A training job in processes of its own, to be disturbed from outside: started, looked into, seen to its end."""
+"""A training job in its own processes, which a test disturbs from outside and inspects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WAIT_SECONDS = 150.0
 
 
 def by_hand(launcher: str) -> list[str]:
-    """The launcher's own command for two ranks, without alfb launch."""
+    """Return the launcher's own command for two ranks, without alfb launch."""
     words = {
         "deepspeed": ["--log_level", "error", "--num_accelerators", "2", "--master_port", str(free_port())],
         "torchrun": ["--nproc-per-node", "2", "--master-port", str(free_port())],
@@ -37,16 +37,16 @@ def by_hand(launcher: str) -> list[str]:
     return [str(BIN / launcher), *words, str(ROOT / "launch" / "train.py"), str(CONFIG)]
 
 
-def watched(launcher: str, *options: str) -> list[str]:
-    """The same under alfb launch."""
+def supervised(launcher: str, *options: str) -> list[str]:
+    """Return the same under alfb launch."""
     return [sys.executable, "-m", "alfb_dist.cli", "launch", str(CONFIG), "--with", launcher, *options]
 
 
 class Job:
-    """A run of configs/test.toml; its name, a unique marker, is in the command line of each of its processes."""
+    """A run of configs/test.toml, whose unique name is in the command line of each of its processes."""
 
     def __init__(self, folder: Path, command: list[str], *settings: str, name: str = "") -> None:
-        """name: of a run that is to be gone on with."""
+        """name: of an earlier run, to resume it."""
         self.name = name or f"job-{uuid.uuid4().hex[:12]}"
         sets = (f"run.name={self.name}", "report.wandb=disabled", "train.eval_interval=0", *settings)
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -71,7 +71,7 @@ class Job:
         self.process.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process with the marker in its command line, on whatever branch of the tree."""
+        """Return every running process with the name in its command line, wherever it is in the process tree."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -82,15 +82,15 @@ class Job:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """Return the processes that train."""
         return [p for p in self.processes() if {"RANK", "OMPI_COMM_WORLD_RANK"} & p.environ().keys()]
 
     def inner_launcher(self) -> psutil.Process:
-        """The launcher's command that alfb launch has started."""
+        """Return the launcher that alfb launch has started."""
         return psutil.Process(self.process.pid).children()[0]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the run's metrics, without what depends on the clock."""
+        """Return the lines of the run's metrics, without the fields that depend on the clock."""
         try:
             lines = (self.run_folder / "metrics.jsonl").read_text().splitlines()
         except OSError:
@@ -99,34 +99,34 @@ class Job:
         return [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in read]
 
     def steps(self) -> list[int]:
-        """The steps in the metrics of the run, in the order in which they were written."""
+        """Return the steps in the metrics of the run, in the order in which they were written."""
         return [line["step"] for line in self.metrics() if "loss" in line]
 
     def saves(self) -> list[int]:
-        """The steps of the whole checkpoints."""
+        """Return the steps of the complete checkpoints."""
         manifests = (self.run_folder / "checkpoints").glob("step-*/manifest.json")
         return sorted(int(m.parent.name.removeprefix("step-")) for m in manifests if m.parent.suffix == "")
 
     def text(self) -> str:
-        """All that the processes have written."""
+        """Return the output of the processes."""
         return self.log.read_text(errors="replace")
 
-    def until(self, holds: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
-        """It holds; TimeoutError with the job's last words otherwise."""
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
+        """Wait until the condition holds. Raises TimeoutError, with the end of the job's output."""
         deadline = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             if time.monotonic() > deadline or (self.process.poll() is not None and not self.processes()):
-                if holds():
+                if condition():
                     return
-                raise TimeoutError(f"{what}: not so after {seconds} s or the job's end\n{self.text()[-3000:]}")
+                raise TimeoutError(f"{what}: not within {seconds} s or before the job ended\n{self.text()[-3000:]}")
             time.sleep(0.05)
 
     def until_step(self, step: int) -> None:
-        """The metrics have come to this step."""
+        """Wait until the metrics have this step."""
         self.until(lambda: self.steps() and self.steps()[-1] >= step, f"step {step}")
 
     def end(self, seconds: float = WAIT_SECONDS) -> int:
-        """The exit code of the command, as a shell shows it, once it and all its processes have ended."""
+        """Wait for the end of the command and all its processes; return its exit code as a shell shows it."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -136,31 +136,33 @@ class Job:
 
 
 def options(document: str, **further: dict[str, Any]) -> argparse.Namespace:
-    """The command line of a campaign: how often, from which seed, under which launchers, and further options."""
+    """Return the options of a campaign: how often, from which seed, under which launchers, and these further ones."""
     parser = argparse.ArgumentParser(description=document.split("\n\n")[0])
-    parser.add_argument("--times", type=int, default=1, help="how often each case is tried")
-    parser.add_argument("--first-seed", type=int, default=0, help="of the seeds that say when and where (default: 0)")
+    parser.add_argument("--times", type=int, default=1, help="number of tries of each case")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="first of the seeds that decide when and where (default: 0)"
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, action="append", help="only this one")
     for name, words in further.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **words)
     return parser.parse_args()
 
 
-def tries(asked: argparse.Namespace, name: str, attempt: Callable[[Path, int], str]) -> int:
-    """How many attempts failed, each in a folder and with a seed of its own; a line tells, after what was wrong."""
+def tries(arguments: argparse.Namespace, name: str, attempt: Callable[[Path, int], str]) -> int:
+    """Print how many attempts succeeded, each in its own directory and with its own seed; return how many failed."""
     good = 0
-    for seed in range(asked.first_seed, asked.first_seed + asked.times):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.times):
         with tempfile.TemporaryDirectory(prefix="alfb-faults-") as folder:
             found = attempt(Path(folder), seed)
         good += not found
         if found:
             print(f"  seed {seed}: {found}", flush=True)
-    print(f"{name} {good}/{asked.times}", flush=True)
-    return int(asked.times) - good
+    print(f"{name} {good}/{arguments.times}", flush=True)
+    return int(arguments.times) - good
 
 
 def send(job: Job, number: signal.Signals, target: str, choose: Callable[[list[Any]], Any]) -> None:
-    """The signal has gone to the command, to one rank, to the command's process group, or to the launcher inside."""
+    """Send the signal to the command, to one rank, to the command's process group, or to the launcher inside."""
     if target == "command":
         job.process.send_signal(number)
     elif target == "group":

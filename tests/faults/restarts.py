@@ -1,5 +1,5 @@
-"""A rank is killed with -9 at a random step; the run resumes by itself from its newest good save, and ends with the
-very metrics of a run that nothing disturbed.
+"""Kill a rank with -9 at a random step: the run resumes by itself from its newest good save, and ends with the metrics
+of an undisturbed run.
 
     cd tests && python -m faults.restarts --times 20
 """
@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.jobs import Job, options, send, tries, watched
+from faults.jobs import Job, options, send, supervised, tries
 
 INTERVAL, STEPS = 4, 14
 SETTINGS = (f"train.steps={STEPS}", f"train.checkpoint_interval={INTERVAL}")
 
 
 def undisturbed(launcher: str, folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run that is left alone."""
-    with Job(folder, watched(launcher), *SETTINGS) as job:
+    """Return the metrics of an undisturbed run."""
+    with Job(folder, supervised(launcher), *SETTINGS) as job:
         code = job.end()
         if code:
             raise RuntimeError(f"exit code {code}\n{job.text()[-3000:]}")
@@ -32,9 +32,9 @@ def undisturbed(launcher: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def problem(launcher: str, folder: Path, seed: int, expected: list[dict[str, Any]]) -> str:
-    """What was not as promised; empty if nothing."""
+    """Return what went wrong, '' if nothing."""
     chance = random.Random(seed)
-    with Job(folder, watched(launcher, "--max-restarts", "1"), *SETTINGS) as job:
+    with Job(folder, supervised(launcher, "--max-restarts", "1"), *SETTINGS) as job:
         try:
             job.until_step(chance.randint(1, STEPS - 2))
             time.sleep(chance.random() * 0.2)
@@ -54,12 +54,12 @@ def problem(launcher: str, folder: Path, seed: int, expected: list[dict[str, Any
 
 
 def main() -> int:
-    asked, failures = options(__doc__ or ""), 0
-    for launcher in asked.launcher or ["deepspeed"]:
+    arguments, failures = options(__doc__ or ""), 0
+    for launcher in arguments.launcher or ["deepspeed"]:
         with tempfile.TemporaryDirectory(prefix="alfb-restarts-") as folder:
             expected = undisturbed(launcher, Path(folder))
         attempt = partial(problem, launcher, expected=expected)
-        failures += tries(asked, f"{launcher:9} KILL to a rank, resumed to the same metrics", attempt)
+        failures += tries(arguments, f"{launcher:9} KILL to a rank, resumed to the same metrics", attempt)
     return int(failures > 0)
 
 

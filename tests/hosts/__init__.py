@@ -8,6 +8,6 @@
 
 A host has its own network, host name, process list, /run, /dev/shm, /etc/hosts and /etc/ssh; the other files are the
 machine's, as on hosts with a shared file system. The machine's own network, /etc/ssh and ~/.ssh are never touched, and
-two sets of hosts cannot meet: each hangs on a bridge in a namespace of its own. All of it is held by processes and
-gone with them, also when the test run that made it is killed.
+two sets of hosts are isolated: the bridge of each is in its own namespace. Processes hold all of it, and it ends with
+them, also when the test run that made it is killed.
 """

@@ -14,21 +14,21 @@ from .namespaces import what_is_missing
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.hosts", description="Hosts out of network namespaces.")
     parser.add_argument(
-        "--folder", type=Path, default=Path("/tmp/alfb-hosts"), help="which hosts (default: %(default)s)"
+        "--folder", type=Path, default=Path("/tmp/alfb-hosts"), help="directory of the hosts (default: %(default)s)"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="make them")
+    up = commands.add_parser("up", help="make hosts")
     up.add_argument("--hosts", type=int, default=2)
-    run = commands.add_parser("run", help="run a command on one")
+    run = commands.add_parser("run", help="run a command on a host")
     run.add_argument("host")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
-    link = commands.add_parser("link", help="pull the cable of one, or put it back")
+    link = commands.add_parser("link", help="cut a host off, or reconnect it")
     link.add_argument("host")
     link.add_argument("state", choices=("up", "down"))
-    slow = commands.add_parser("slow", help="delay and lose frames between them")
+    slow = commands.add_parser("slow", help="delay and lose frames between hosts")
     slow.add_argument("--delay-ms", type=float, default=0, help="one way")
-    slow.add_argument("--loss", type=float, default=0, help="share of the frames, such as 0.01")
-    commands.add_parser("down", help="remove them")
+    slow.add_argument("--loss", type=float, default=0, help="fraction of the frames, such as 0.01")
+    commands.add_parser("down", help="remove the hosts")
     return parser.parse_args()
 
 

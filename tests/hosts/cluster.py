@@ -1,4 +1,4 @@
-"""Test hosts: made, joined, run on, cut off, slowed down, removed."""
+"""Test hosts: made, connected, run on, cut off, slowed down, removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .namespaces import Holder, hold, tool
 from .ssh_files import write_ssh_files
 
 _NETWORK = "10.77.0"  # only seen by the hosts of one bridge
-# What a host's first process does: its own name, network and files; then sshd, which also reaps orphans.
+# A host's first process sets its name, network and files; then it is sshd, which also reaps orphans.
 _HOST = """
 echo {name} > /proc/sys/kernel/hostname
 ip link set lo up
@@ -42,7 +42,7 @@ class Hosts:
 
     @classmethod
     def up(cls, folder: Path, count: int, *, die_with_parent: bool = True) -> Self:
-        """host1, host2, ... are reachable from each other by ssh. `folder` is made; it must not exist."""
+        """Make host1, host2, ..., which reach each other by ssh, with their files in `folder`, which must not exist."""
         folder = folder.resolve()
         folder.mkdir(parents=True, mode=0o700)
         write_ssh_files(folder / "ssh")
@@ -71,7 +71,7 @@ class Hosts:
         script = _HOST.format(name=name, folder=self.folder, sshd=tool("sshd"))
         host = hold(kinds, script, self.folder / "log", die_with_parent=self.die_with_parent)
         self.holders[name], port = host, f"port{number}"
-        self._add_bridge(number)  # for a slow cable; the plain one goes straight to br0
+        self._add_bridge(number)  # for a slow link; the plain one is attached to br0
         self._ip(self.switch, f"link add {port} type veth peer name eth0 netns {host.inner}")
         self._ip(self.switch, f"link set {port} up master br0")
         self._ip(host, f"address add {address_of(number)}/24 dev eth0")
@@ -86,7 +86,7 @@ class Hosts:
                 return
             if time.monotonic() > deadline or not holder.alive:
                 raise RuntimeError(f"ip {words}: {done.stderr.strip()} {(self.folder / 'log').read_text()}")
-            time.sleep(0.05)  # the process inside is not there yet
+            time.sleep(0.05)  # the process inside has not started yet
 
     def _wait_for_ssh(self) -> None:
         first, deadline = next(iter(self.holders)), time.monotonic() + 30
@@ -97,7 +97,7 @@ class Hosts:
                 time.sleep(0.1)
 
     def save(self) -> None:
-        """What `load` needs is in the folder."""
+        """Write what `load` needs into the directory."""
         holders = {name: asdict(holder) for name, holder in self.holders.items()}
         relay = asdict(self.relay) if self.relay else None
         state = {"switch": asdict(self.switch), "hosts": holders, "relay": relay}
@@ -105,7 +105,7 @@ class Hosts:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The hosts that `up` made in the folder; FileNotFoundError if there are none."""
+        """Return the hosts that `up` made in the directory. Raises FileNotFoundError if there are none."""
         state = json.loads((folder / "hosts.json").read_text())
         hosts = cls(folder.resolve(), Holder(**state["switch"]), die_with_parent=False)
         hosts.holders = {name: Holder(**holder) for name, holder in state["hosts"].items()}
@@ -113,7 +113,7 @@ class Hosts:
         return hosts
 
     def down(self) -> None:
-        """No process, namespace or file of the hosts is left."""
+        """Remove every process, namespace and file of the hosts."""
         for holder in (*self.holders.values(), *([self.relay] if self.relay else []), self.switch):
             holder.end()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -132,29 +132,29 @@ class Hosts:
         return address_of(int(host.removeprefix("host")))
 
     def popen(self, host: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """The command runs on the host."""
+        """Start the command on the host."""
         inside = self.holders[host].enter(cwd=options.pop("cwd", None))
         return subprocess.Popen([*inside, *command], text=True, **options)
 
     def run(self, host: str, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        """The command has run on the host; its output is captured."""
+        """Run the command on the host and capture its output."""
         given = {"capture_output": True, "text": True, "check": False, "timeout": 300, **options}
         inside = self.holders[host].enter(cwd=given.pop("cwd", None))
         return subprocess.run([*inside, *command], **given)
 
     def processes(self, host: str) -> list[str]:
-        """The commands that run on the host, without its sshd's and the question itself."""
+        """Return the command lines of the host's processes, except sshd's and this ps."""
         lines = self.run(host, [tool("ps"), "-eo", "pid=,stat=,args="]).stdout.splitlines()
         kept = [line.split(maxsplit=2) for line in lines]
-        mine = ("sshd", "/usr/sbin/sshd", tool("sshd"), tool("ps"))
-        return [args for _, stat, args in kept if not args.startswith(mine) and not stat.startswith("Z")]
+        own = ("sshd", "/usr/sbin/sshd", tool("sshd"), tool("ps"))
+        return [args for _, stat, args in kept if not args.startswith(own) and not stat.startswith("Z")]
 
     def link(self, host: str, *, up: bool) -> None:
-        """The host's cable is in, or pulled."""
+        """Connect the host to the others, or cut it off."""
         self._ip(self.switch, f"link set port{host.removeprefix('host')} {'up' if up else 'down'}")
 
     def slow(self, *, delay_ms: float = 0, loss: float = 0) -> None:
-        """Frames between hosts take delay_ms one way, and this share of them is lost; 0 and 0 is the plain bridge."""
+        """Delay frames between hosts, one way, and lose this fraction of them; 0 and 0 is the plain bridge."""
         if self.relay:
             self.relay.end()
             self.relay = None
@@ -171,5 +171,5 @@ class Hosts:
 
 
 def address_of(number: int) -> str:
-    """The address of the host with this number, from 1."""
+    """Return the address of the host with this number, from 1."""
     return f"{_NETWORK}.{number}"

@@ -1,8 +1,8 @@
-"""Step time against the delay between two hosts, the time in exchanges told apart, as a table in Markdown.
+"""Step time by the delay between two hosts, with the time in exchanges, as a table in Markdown.
 
     python -m tests.hosts.delays                       # the demo's model, two hosts of two ranks; some minutes
 
-While a run goes on, the cable between the hosts gets slower; the medians over the steps at each delay are printed.
+During a run the link between the hosts gets slower; the medians over the steps at each delay are printed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS_EACH, SETTLE = 12, 3
 
 
 def measure(hosts: Hosts, folder: Path, ep: int) -> list[dict[str, Any]]:
-    """One row a delay."""
+    """Return a row for each delay."""
     folder.mkdir()
     times = folder / "times"
     times.touch()
@@ -65,7 +65,7 @@ def medians(lines: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """The table, for experts spread over both hosts and for all experts on each host."""
+    """Print the table, for experts spread over both hosts and for all experts on each host."""
     print("| experts | delay one way | step | in exchanges | the rest | exchanges |\n|---|---|---|---|---|---|")
     folder = Path(tempfile.mkdtemp(prefix="alfb-delays-"))
     with Hosts.up(folder / "made", 2) as hosts:

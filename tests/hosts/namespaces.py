@@ -1,4 +1,4 @@
-"""Processes that hold namespaces, and how to run something inside them."""
+"""Processes that hold namespaces, and commands that run inside them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def tool(name: str) -> str:
-    """The program's path; it need not be on the user's PATH where it is an administrator's."""
+    """Return the program's path, which may be in /usr/sbin or /sbin instead of on PATH."""
     return shutil.which(name, path=_PATH) or name
 
 
 def what_is_missing() -> str:
-    """Why hosts cannot be made here, '' if they can."""
+    """Return why hosts cannot be made here, '' if they can."""
     if os.geteuid() != 0:
         return "hosts out of namespaces need root"
     missing = [name for name in _TOOLS if shutil.which(name, path=_PATH) is None]
@@ -36,7 +36,10 @@ def what_is_missing() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """A process outside and the one inside that keeps the namespaces; started tells them from later ones' ids."""
+    """A process outside and the one inside that keeps the namespaces.
+
+    started: when the outer one started, since ids are used again.
+    """
 
     outer: int
     inner: int
@@ -50,19 +53,20 @@ class Holder:
             return False
 
     def enter(self, *which: str, cwd: str | Path | None = None) -> list[str]:
-        """The words before a command that run it inside, in this folder; all namespaces unless some are given.
+        """Return the words that run a command inside when put before it, in this directory.
 
-        The command dies with the process that these words start, which itself stays outside.
+        which: the namespaces to enter, all if none is given. The command dies with the process that these words start,
+        which itself stays outside.
         """
         words = [tool("nsenter"), "--target", str(self.inner), *(which or ("--all",)), f"--wd={cwd or os.getcwd()}"]
         return [*words, tool("setpriv"), "--pdeathsig", "KILL"]
 
     def end(self) -> None:
-        """Everything inside is dead: the kernel kills a process list with its first process."""
+        """Kill every process inside: the kernel kills the others with the first one."""
         if not self.alive:
             return
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.inner, signal.SIGKILL)  # the outer process waits for it, and ends
+            os.kill(self.inner, signal.SIGKILL)  # the outer process waits for it and ends
         try:
             os.waitpid(self.outer, 0)
         except ChildProcessError:  # made by an earlier command
@@ -71,9 +75,9 @@ class Holder:
 
 
 def hold(kinds: Sequence[str], script: str, log: Path, *, die_with_parent: bool) -> Holder:
-    """A shell runs the script in new namespaces of these kinds, such as --net.
+    """Run the script by a shell in new namespaces of these kinds, such as --net.
 
-    die_with_parent: the kernel kills it when the process that calls this is gone.
+    die_with_parent: the kernel kills it when the calling process ends.
     """
     bound = [tool("setpriv"), "--pdeathsig", "KILL"] if die_with_parent else []
     command = [*bound, tool("unshare"), "--fork", "--kill-child=KILL", *kinds, "sh", "-ec", script]

@@ -1,6 +1,6 @@
-"""A slow, lossy cable between test hosts: frames of tap devices are passed on late, or not at all.
+"""A slow, lossy link between test hosts: frames of tap devices are passed on late, or not at all.
 
-The kernel's netem does the same, where it is built in. Started by `Hosts.slow` inside the switch's network:
+The kernel's netem does the same where it is built in. Started by `Hosts.slow` inside the switch's network:
 
     python slow_link.py DELAY_MS LOSS TAP...
 """
@@ -21,15 +21,15 @@ _FRAME = 1 << 16
 
 
 def open_tap(name: str) -> int:
-    """A file of whole Ethernet frames: reads give what the network sends into the device."""
+    """Return a file of whole Ethernet frames, which reads what the network sends into the device."""
     file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(file, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
     return file
 
 
 def relay(taps: list[int], delay_seconds: float, loss: float) -> None:
-    """Pass on for ever. A frame goes where its receiver was last heard, or to all others."""
-    chance, behind = random.Random(0), {}  # the receivers' addresses: behind which tap
+    """Pass frames on for ever, each to the tap of its receiver, or to all others if that is unknown."""
+    chance, tap_of = random.Random(0), {}  # tap_of: by address
     waiting: list[tuple[float, int, int, bytes]] = []
     number = 0
     poll = select.poll()
@@ -43,10 +43,10 @@ def relay(taps: list[int], delay_seconds: float, loss: float) -> None:
                     frame = os.read(tap, _FRAME)
                 except BlockingIOError:
                     break
-                behind[frame[6:12]] = tap
+                tap_of[frame[6:12]] = tap
                 if chance.random() < loss:
                     continue
-                to = behind.get(frame[:6])
+                to = tap_of.get(frame[:6])
                 due = time.monotonic() + delay_seconds
                 for other in [to] if to is not None else taps:
                     if other != tap:
@@ -56,7 +56,7 @@ def relay(taps: list[int], delay_seconds: float, loss: float) -> None:
             _, _, tap, frame = heapq.heappop(waiting)
             try:
                 os.write(tap, frame)
-            except (BlockingIOError, OSError):  # a full queue or a pulled cable loses frames, as in life
+            except (BlockingIOError, OSError):  # a full queue or a cut link loses frames, as real ones do
                 continue
 
 

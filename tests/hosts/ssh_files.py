@@ -1,4 +1,4 @@
-"""What ssh needs between test hosts: keys made for them, settings of the client and of the server, in one folder."""
+"""The files that ssh needs between test hosts, in one directory: keys, settings of the client and of the server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .namespaces import tool
 
-# The folder stands in the place of /etc/ssh on each host, so a plain `ssh host2` works there.
+# The directory is mounted as /etc/ssh on each host, so a plain `ssh host2` works there.
 _CLIENT = """\
 Host *
     IdentityFile /etc/ssh/id_ed25519
@@ -34,7 +34,7 @@ PidFile none
 
 
 def write_ssh_files(folder: Path) -> None:
-    """The folder holds ssh_config, sshd_config, a host key, and a user's key that is let in."""
+    """Write ssh_config, sshd_config, a host key and an authorized user's key into a new directory."""
     folder.mkdir(mode=0o700)
     for name in ("id_ed25519", "ssh_host_ed25519_key"):
         make = [tool("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", str(folder / name)]

@@ -1,7 +1,7 @@
-"""`alfb train` with the time inside torch.distributed's calls told apart, for `python -m tests.hosts.delays`.
+"""`alfb train` with the time inside torch.distributed's calls measured, for `python -m tests.hosts.delays`.
 
-Rank 0 writes a line of JSON a step to the file named by TIMES: seconds of the step, seconds inside exchanges (waiting
-for slower ranks included) and their number.
+Rank 0 writes a line of JSON for each step to the file named by TIMES: seconds of the step, seconds inside exchanges
+(waiting for slower ranks included) and their number.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ spent = {"seconds": 0.0, "exchanges": 0}
 
 
 class Timed:
-    """What an asynchronous call returns; waiting for it counts."""
+    """The work of an asynchronous call; waiting for it is counted."""
 
     def __init__(self, work: Any) -> None:
         self.work = work
 
     def wait(self, *arguments: Any) -> Any:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         done = self.work.wait(*arguments)
-        spent["seconds"] += time.perf_counter() - begun
+        spent["seconds"] += time.perf_counter() - start
         return done
 
     def __getattr__(self, name: str) -> Any:
@@ -48,9 +48,9 @@ class Timed:
 
 def timed(exchange: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work = exchange(*arguments, **named)
-        spent["seconds"] += time.perf_counter() - begun
+        spent["seconds"] += time.perf_counter() - start
         spent["exchanges"] += 1
         return None if work is None else Timed(work)
 
@@ -58,7 +58,7 @@ def timed(exchange: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report(run: Any, step: int, batch: Any, loss: float, lr: float, seconds: float) -> None:
-    """As in the loop, after the step's times are written."""
+    """Write the step's times, then report as the loop does."""
     if run.group.rank() == 0:
         line = {"step": step, "seconds": seconds, "exchange_seconds": spent["seconds"], "exchanges": spent["exchanges"]}
         with open(os.environ["TIMES"], "a") as file:

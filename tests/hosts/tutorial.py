@@ -1,4 +1,4 @@
-"""The tutorial's commands, out of the document itself."""
+"""The tutorial's commands, read from the document."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
 
 
 def commands(document: str) -> str:
-    """The fenced shell commands as one script that stops at the first that fails."""
+    """Return the fenced shell commands as one script that stops at the first failure."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
     return "set -eux\n" + "".join(blocks)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 from torch import Tensor
 
+import alfb_dist
 from alfb_dist.distributed.all_to_all import Exchange
 from alfb_dist.moe.dispatch import Sent, combine, receive, send
 
@@ -128,12 +129,10 @@ def low_precision() -> tuple[Any, ...]:
 
 
 def all_cases(transport: str) -> tuple[dict[str, Any], dict[str, int], tuple[Any, ...]]:
-    from alfb_dist.cpu import shared_memory
-
     if transport == "network":
         os.environ["ALFB_SHARED_MEMORY"] = "0"
     elif transport == "mixed":  # the even ranks on one machine, the odd ones on another
-        shared_memory.network = lambda: dist.get_rank() % 2
+        alfb_dist.cpu.network_namespace = lambda: dist.get_rank() % 2
     return {case: run_case(case) for case in CASES}, wire_bytes(), low_precision()
 
 

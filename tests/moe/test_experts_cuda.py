@@ -1,4 +1,4 @@
-"""The grouped experts' compute: its arithmetic on any device, its kernels on a CUDA device where there is one."""
+"""The grouped experts' compute: its arithmetic on any device, its kernels on a CUDA device if there is one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alfb_dist.moe import experts
-from alfb_dist.moe.experts import expert_mlp, grouped
-from alfb_dist.moe.experts import grouped_gemm as products
+from alfb_dist.moe.experts import expert_mlp, grouped, grouped_gemm
 from alfb_dist.moe.experts.slots import sort_slots
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,7 +52,7 @@ def test_cuda_equals_the_reference(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.cuda
 @needs_cuda
-def test_cuda_gives_the_same_bits_again_and_does_not_wait() -> None:
+def test_cuda_gives_the_same_bits_twice_and_does_not_wait() -> None:
     case = rounded(make_case(0, 5000, 16, 4, 256, 128), torch.bfloat16)
     first = outcome(expert_mlp, case, "cuda")
     x, ids, *rest = (t.cuda() for t in case)
@@ -67,7 +66,7 @@ def test_cuda_gives_the_same_bits_again_and_does_not_wait() -> None:
         assert torch.equal(value, first[name]), name
 
 
-def test_slots_are_sorted_by_expert_and_empty_ones_have_no_place() -> None:
+def test_slots_are_sorted_by_expert_and_empty_slots_have_no_place() -> None:
     ids_RK = torch.tensor([[2, 3], [0, 2], [3, 0]])  # three experts; 3 is empty
     slots = sort_slots(ids_RK, 3)
     assert slots.ends_e.tolist() == [2, 2, 4]
@@ -88,12 +87,12 @@ def test_slots_of_many_experts_keep_their_ids(num_experts: int) -> None:
     assert torch.equal(sorted_ids, sorted_ids.sort()[0])
 
 
-def test_room_for_the_filled_slots_is_enough(poison: None) -> None:
+def test_places_for_the_filled_slots_are_enough(poison: None) -> None:
     case = rounded(make_case(3, 50, 6, 4, 16, 8), torch.bfloat16)
     filled = int((case[1] < 6).sum())
     assert filled < case[1].numel()
-    roomy, tight = outcome(grouped_mlp, case), outcome(grouped_mlp, case, num_places=filled)
-    assert all(torch.equal(roomy[name], tight[name]) for name in NAMES)
+    all_places, few_places = outcome(grouped_mlp, case), outcome(grouped_mlp, case, num_places=filled)
+    assert all(torch.equal(all_places[name], few_places[name]) for name in NAMES)
 
 
 def test_rows_may_come_in_any_order() -> None:
@@ -120,8 +119,8 @@ def test_transposed_and_shifted_parameters_give_the_same() -> None:
 @pytest.mark.parametrize("needed", list(product([True, False], repeat=4))[:-1])
 def test_only_what_is_trained_gets_a_gradient(needed: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     case, calls = rounded(make_case(6, 30, 4, 2, 16, 8), torch.float32), []
-    expected, inner = outcome(grouped_mlp, case), products.outer_sums
-    monkeypatch.setattr(grouped, "outer_sums", lambda *a: calls.append(1) or inner(*a))
+    expected = outcome(grouped_mlp, case)
+    monkeypatch.setattr(grouped, "grouped_outer", lambda *a: calls.append(1) or grouped_gemm.grouped_outer(*a))
     x, ids, *rest = case
     leaves = [t.clone().requires_grad_(trained) for t, trained in zip((x, *rest), needed)]
     out = grouped_mlp(leaves[0], ids, *leaves[1:], ACT)
@@ -132,7 +131,7 @@ def test_only_what_is_trained_gets_a_gradient(needed: tuple[bool, ...], monkeypa
 
 
 class NoWaiting(TorchDispatchMode):
-    """RuntimeError where the host would wait for a value or a size of the device."""
+    """Raises RuntimeError where the host would wait for a value or a size from the device."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "item")
 
@@ -143,7 +142,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["a third of the slots empty", "experts without rows", "all slots empty"])
-def test_the_host_waits_for_nothing(name: str) -> None:
+def test_the_host_never_waits_for_the_device(name: str) -> None:
     case = rounded(CASES[name](), torch.bfloat16)
     with NoWaiting():
         x, ids, *rest = case
@@ -155,7 +154,7 @@ def test_the_host_waits_for_nothing(name: str) -> None:
 
 
 def empty_case(device: str) -> list[Tensor]:
-    """x, ids, weights, gate_up, down as a bfloat16 model has them."""
+    """Return x, ids, weights, gate_up and down with the types of a bfloat16 model."""
     half, width, inner = {"dtype": torch.bfloat16, "device": device}, 64, 32
     return [
         torch.empty(30, width, **half),
@@ -166,31 +165,31 @@ def empty_case(device: str) -> list[Tensor]:
     ]
 
 
-def test_the_rules_of_torchs_cuda_products_are_kept() -> None:
-    """Its checks of types, strides and alignment, on tensors without memory, which also have no value to wait for."""
+def test_torchs_checks_of_cuda_products_pass() -> None:
+    """Of types, strides and alignment, on meta tensors, which also have no value to wait for."""
     x, ids, *rest = empty_case("meta")
     leaves = [t.requires_grad_() for t in (x, *rest)]
     grouped_mlp(leaves[0], ids, *leaves[1:], ACT).backward(torch.empty_like(x))
     for leaf in leaves:
         assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
-    with pytest.raises(RuntimeError, match="16 bytes"):  # those checks are there
+    with pytest.raises(RuntimeError, match="16 bytes"):  # the checks run on meta tensors
         torch._grouped_mm(x[:, :63].contiguous(), rest[1].transpose(1, 2)[:, :63], offs=ids[:6, 0].int())
 
 
-def test_what_does_not_start_at_16_bytes_is_kept_from_torchs_kernel() -> None:
+def test_unaligned_rows_do_not_reach_torchs_kernel() -> None:
     ends_e, flat = torch.tensor([2, 5], dtype=torch.int32), torch.randn(1000)
     rows, matrices = flat[:40].view(5, 8), flat[:128].view(2, 8, 8)
     for a, b in ((rows, matrices), (flat[1:41].view(5, 8), matrices), (rows, flat[1:129].view(2, 8, 8))):
-        whole = a.storage_offset() % 4 == 0 and b.storage_offset() % 4 == 0
-        assert products._fit(a, b, 8, 8) == whole
-    assert not products._fit(rows, matrices, 8, 9)
-    assert not products._fit(rows[:0], matrices, 8, 8)
+        aligned = a.storage_offset() % 4 == 0 and b.storage_offset() % 4 == 0
+        assert grouped_gemm._fit(a, b, 8, 8) == aligned
+    assert not grouped_gemm._fit(rows, matrices, 8, 9)
+    assert not grouped_gemm._fit(rows[:0], matrices, 8, 8)
     expected = torch.cat([rows[:2] @ matrices[0], rows[2:] @ matrices[1]])
-    for way in (rows, rows.clone().as_strided((5, 8), (8, 1)), torch.cat([flat[:1], rows.flatten()])[1:].view(5, 8)):
-        torch.testing.assert_close(products.rows_times(way, matrices, ends_e), expected)
+    for form in (rows, rows.clone().as_strided((5, 8), (8, 1)), torch.cat([flat[:1], rows.flatten()])[1:].view(5, 8)):
+        torch.testing.assert_close(grouped_gemm.grouped_mm(form, matrices, ends_e), expected)
 
 
-def test_the_grouped_way_is_for_cuda_and_silu() -> None:
+def test_grouped_products_are_for_cuda_and_silu() -> None:
     with FakeTensorMode():
         x, _, *rest = empty_case("cuda")
         assert grouped.supported(x, *rest, ACT)
@@ -200,11 +199,11 @@ def test_the_grouped_way_is_for_cuda_and_silu() -> None:
     assert not grouped.supported(x, *rest, ACT)
 
 
-def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    experts._tell.cache_clear()
+def test_the_form_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    experts._log_once.cache_clear()
     x, ids, *rest = make_case(0, 4, 3, 2, 8, 4)
     with caplog.at_level(logging.INFO, logger="alfb_dist.moe.experts"):
         for _ in range(3):
             expert_mlp(x.double(), ids, *(t.double() for t in rest), ACT)
-    told = [r.message for r in caplog.records if "the experts' compute" in r.message]
-    assert told == ["the experts' compute: plain torch, expert by expert"]
+    messages = [r.message for r in caplog.records if "the experts' compute" in r.message]
+    assert messages == ["the experts' compute: plain torch, expert by expert"]

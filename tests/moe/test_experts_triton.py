@@ -1,6 +1,6 @@
-"""The Triton kernels: through Triton's interpreter against the reference, and through its compiler for real devices.
+"""The Triton kernels: in Triton's interpreter against the reference, and through its compiler for real devices.
 
-Triton comes with torch for CUDA, not with torch for CPU; where it is missing (pip install triton), these are skipped.
+Triton comes with torch for CUDA, not with torch for CPU; without it (pip install triton) the tests are skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs Triton, which torch for CPU does not bring")
+pytest.importorskip("triton", reason="needs Triton, which torch for CPU does not include")
 if torch.cuda.is_available():
     pytest.skip("test_experts_cuda.py runs the kernels on this device", allow_module_level=True)
 
@@ -65,7 +65,7 @@ make(kernels._swiglu_backward, gate_up=half, grad_h=half, weights=weight, slot=i
 """
 
 
-def test_kernels_compile_for_a_device_that_is_not_here(tmp_path: object) -> None:
+def test_kernels_compile_without_the_device(tmp_path: object) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

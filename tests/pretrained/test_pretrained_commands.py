@@ -1,4 +1,4 @@
-"""`alfb checkpoint` on transformers folders and checkpoints: look, compare, convert, and refuse."""
+"""`alfb checkpoint` on transformers directories and checkpoints: inspect, compare, convert, and refuse."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_runs import refusal
+from support.hub_folders import assert_same, loaded, mixtral
 from support.tiny import random_biases, set_biases, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import alfb_dist
 from alfb_dist.cli import main
@@ -24,7 +25,7 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def write(folder: Path, *, hub: bool = True) -> dict[str, Tensor]:
-    """A tiny model with biases far from 0, a tokenizer's file and generation settings; its state dict."""
+    """Write a tiny model with biases far from 0, a tokenizer's file and generation settings; return its state dict."""
     model = tiny_model(3)
     set_biases(model, random_biases(model, 5) + 8)
     model.generation_config = GenerationConfig(max_new_tokens=7)
@@ -33,19 +34,8 @@ def write(folder: Path, *, hub: bool = True) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in model.state_dict().items()}
 
 
-def loaded(folder: Path) -> dict[str, Tensor]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    return dict(model.state_dict())
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
-
-
 def change(folder: Path, name: str, by: float) -> None:
-    """One element of a tensor is more by this."""
+    """Add to one element of a tensor."""
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[1] += by
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -55,7 +45,7 @@ def alfb(*words: Any) -> int:
     return main(["checkpoint", *map(str, words)])
 
 
-def test_released_model_becomes_a_checkpoint_and_a_folder_again(
+def test_released_model_becomes_a_checkpoint_and_a_directory_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = write(tmp_path / "released")
@@ -79,11 +69,11 @@ def test_released_model_becomes_a_checkpoint_and_a_folder_again(
         ("model.layers.1.mlp.experts.3.up_proj.weight", 0.01, 0.0, 1),
         ("model.layers.1.mlp.experts.3.up_proj.weight", 0.01, 1.0, 0),
         ("lm_head.weight", 0.5, 1e-3, 1),
-        (BIAS, 1e-5, 0.0, 1),  # too little to change a choice
+        (BIAS, 1e-5, 0.0, 1),  # too small to change a selection
         (BIAS, 1e-5, 1.0, 1),
     ],
 )
-def test_verify_tells_of_any_difference(
+def test_verify_reports_any_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, by: float, tolerance: float, code: int
 ) -> None:
     for folder in ("a", "b"):
@@ -110,7 +100,7 @@ def test_compared_figures_are_those_of_the_models(tmp_path: Path) -> None:
     assert not found.same_bits and found.max_bias_difference == pytest.approx(0.25, abs=1e-6)
 
 
-def test_verify_takes_given_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reads_token_ids_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a")
     (tmp_path / "ids.json").write_text("[1, 2, 3, 60]")
     with TokenWriter(tmp_path / "ids.bin", vocab_size=61, end_id=0, tokenizer="none") as file:
@@ -120,7 +110,7 @@ def test_verify_takes_given_tokens(tmp_path: Path, capsys: pytest.CaptureFixture
         assert f"{count} of {count}" in capsys.readouterr().out
     (tmp_path / "ids.json").write_text("[1, 61]")
     assert alfb("verify", tmp_path / "a", "--against", tmp_path / "a", "--tokens", tmp_path / "ids.json") == 78
-    assert "vocabulary of 61" in capsys.readouterr().err
+    assert "token ids must be below 61" in capsys.readouterr().err
 
 
 def test_reshard_changes_the_layout_and_the_files_and_nothing_else(tmp_path: Path) -> None:
@@ -149,7 +139,7 @@ def test_reshard_of_a_checkpoint_writes_nothing(tmp_path: Path, capsys: pytest.C
     assert damaged.name in capsys.readouterr().err
 
 
-def test_inspect_tells_layout_types_and_whether_biases_were_rounded(
+def test_inspect_shows_layout_types_and_whether_biases_were_rounded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = write(tmp_path)
@@ -168,10 +158,8 @@ def test_inspect_tells_layout_types_and_whether_biases_were_rounded(
     assert alfb("verify", tmp_path) == alfb("inspect", tmp_path) == 78
 
 
-def test_added_bias_goes_from_its_sidecar_into_a_checkpoint_and_back(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "plain")
+def test_added_bias_is_converted_from_its_sidecar_to_a_checkpoint_and_back(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "plain")
     model = alfb_dist.from_pretrained(tmp_path / "plain", ep_degree=1)
     model.model.layers[1].mlp.gate.selection_bias.copy_(torch.tensor([0.5, -0.25, 0.0, 0.125]))
     with pytest.warns(UserWarning, match="routes without"):
@@ -184,7 +172,7 @@ def test_added_bias_goes_from_its_sidecar_into_a_checkpoint_and_back(tmp_path: P
     assert alfb("verify", save, "--against", tmp_path / "plain") == 1
 
 
-def test_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
+def test_directory_that_is_neither_is_refused(tmp_path: Path) -> None:
     assert alfb("inspect", tmp_path) == 78 and alfb("inspect", tmp_path / "none") == 78
     write(tmp_path / "a")
     assert "not empty" in refusal(lambda: from_hf(tmp_path / "a", tmp_path / "a"))

@@ -1,4 +1,4 @@
-"""Exports of engines at every ZeRO stage and type, and what is left when something goes wrong."""
+"""Exports of engines at every ZeRO stage and type, and the files left after a failure."""
 
 from __future__ import annotations
 
@@ -13,23 +13,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.checkpoint_runs import make, refusal, train
+from support.hub_folders import loaded, opened_readers
 from support.ranks import run_ranks
 from support.tiny import tiny_model
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import alfb_dist
 from alfb_dist import checkpoint
-from alfb_dist.checkpoint import files
-from alfb_dist.pretrained import from_hf, source, to_hf
+from alfb_dist.checkpoint import files, safetensors_reader
+from alfb_dist.cli import main
+from alfb_dist.pretrained import from_hf, to_hf
 
 ENGINES = [(0, False), (0, True), (1, True), (2, False), (2, True)]
 """(ZeRO stage, whether bfloat16)."""
-
-
-def loaded(folder: Path) -> dict[str, Tensor]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    return dict(model.state_dict())
 
 
 def write_engines(folder: Path) -> None:
@@ -44,7 +39,7 @@ def write_engines(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints and both exports of each of ENGINES."""
+    """Return a directory with checkpoints and both exports of each of ENGINES."""
     folder = tmp_path_factory.mktemp("engines")
     run_ranks(2, write_engines, folder, folder=folder)
     return folder
@@ -70,11 +65,23 @@ def test_masters_are_those_of_the_checkpoint_and_the_model_is_these_rounded(
         expected = x if bias or not bf16 else x.bfloat16()
         assert model[key].dtype == expected.dtype and torch.equal(model[key], expected), key
     bias = masters["model.layers.2.mlp.gate.e_score_correction_bias"]
+    assert set((bias.abs() * 100).round().tolist()) <= {0.0, 1.0, 2.0}, "two steps of rate 0.01"
     assert bias.any() and (not bf16 or not torch.equal(bias, bias.bfloat16().float()))
 
 
-def test_fused_8_bit_weights_are_dequantised_and_written_in_bfloat16(tmp_path: Path) -> None:
-    """Blocks of 16 x 16 of every expert; each value is its number times the scale of its block, taken one by one."""
+def test_to_hf_reads_the_configuration_of_the_run(engines: Path, tmp_path: Path) -> None:
+    here, config = engines / "2-False", tiny_model().config.to_dict()
+    model = {"path": "", "family": config.pop("model_type"), "dtype": "float32", "config": config}
+    (here / "config.json").write_text(json.dumps({"config": {"model": model}}))
+    assert main(["checkpoint", "to-hf", str(here / "checkpoints" / "step-00000002"), str(tmp_path / "out")]) == 0
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (here / "model" / name).read_bytes()
+
+
+def test_fused_8_bit_weights_are_dequantised_and_written_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 x 16 of every expert; each value is its number times the scale of its block, computed one by one."""
     tiny_model(3).save_pretrained(tmp_path / "in", save_original_format=False)
     tensors = load_file(tmp_path / "in" / "model.safetensors")
     name = "model.layers.1.mlp.experts.gate_up_proj"
@@ -90,19 +97,16 @@ def test_fused_8_bit_weights_are_dequantised_and_written_in_bfloat16(tmp_path: P
     config = json.loads((tmp_path / "in" / "config.json").read_text())
     config |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}, "dtype": "bfloat16"}
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    source.BLOCK_BYTES, kept = 1000, source.BLOCK_BYTES  # so that an expert is read at a time
-    try:
-        found = alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1, dtype="float32").state_dict()[name]
-        save = from_hf(tmp_path / "in", tmp_path / "run")
-    finally:
-        source.BLOCK_BYTES = kept
+    monkeypatch.setattr(safetensors_reader, "BLOCK_BYTES", 1000)  # so that an expert is read at a time
+    found = alfb_dist.from_pretrained(tmp_path / "in", ep_degree=1, dtype="float32").state_dict()[name]
+    save = from_hf(tmp_path / "in", tmp_path / "run")
     assert torch.equal(found, expected)
     to_hf(save, tmp_path / "out", tiny_model().config)
     assert torch.equal(loaded(tmp_path / "out")[name], expected)
 
 
 def full_after(limit: int) -> None:
-    """The disk of this process is full once so many bytes were written."""
+    """Make this process's disk full after `limit` bytes."""
     inner, written = files.write, [0]
 
     def write(file: Any, data: Any) -> None:
@@ -135,7 +139,7 @@ def test_full_disk_on_one_rank_is_named_on_all_and_leaves_nothing(tmp_path: Path
     assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()} == before
 
 
-def test_full_disk_ends_a_conversion_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_nothing_of_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model(3).save_pretrained(tmp_path / "in")
     save = from_hf(tmp_path / "in", tmp_path / "run")
     monkeypatch.setattr(files, "write", files.write)  # restored at the end
@@ -147,12 +151,10 @@ def test_full_disk_ends_a_conversion_without_a_trace(tmp_path: Path, monkeypatch
 
 
 def refused_sizes(folder: Path) -> tuple[str, int]:
-    """The refusal, and how many bytes of tensors were read before."""
-    opened: list[Any] = []
-    inner = source.Source.__init__
-    source.Source.__init__ = lambda self, paths: (opened.append(self), inner(self, paths))[1]  # type: ignore
-    message = refusal(lambda: alfb_dist.from_pretrained(folder, ep_degree=2))
-    return message, sum(s.bytes_read for s in opened)
+    """Return the refusal, and the bytes of tensors that were read before it."""
+    with opened_readers() as opened:
+        message = refusal(lambda: alfb_dist.from_pretrained(folder, ep_degree=2))
+    return message, sum(reader.bytes_read for reader in opened)
 
 
 def test_indivisible_sizes_are_refused_before_a_tensor_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""gpt-oss as it is published, its experts packed in 4 bits: read on two ranks as the numbers that they mean."""
+"""gpt-oss as published, with experts packed in 4 bits, is read on two ranks as the numbers that they encode."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import alfb_dist
 from alfb_dist.pretrained import describe_folder, from_hf, relayout
 
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-"""What the last three of four bits mean; the first is the sign."""
+"""The values of the last three of four bits; the first is the sign."""
 NAME = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 def published(folder: Path, seed: int = 3) -> dict[str, Tensor]:
-    """A folder in the form of the release; the tensors of its model, those of experts taken number by number."""
+    """Write a directory in the form of the release; return the tensors of its model, unpacked number by number."""
     model: Any = family_model("gpt_oss", seed, hidden_size=32, intermediate_size=32, num_local_experts=4, head_dim=16)
     model.save_pretrained(folder)
     expected = load_file(folder / "model.safetensors")
@@ -48,7 +48,7 @@ def published(folder: Path, seed: int = 3) -> dict[str, Tensor]:
     return expected
 
 
-def go_round(folder: Path) -> dict[str, Tensor]:
+def read_and_write(folder: Path) -> dict[str, Tensor]:
     warnings.simplefilter("ignore")
     model = alfb_dist.from_pretrained(folder / "in", ep_degree=2, dtype="float32")
     alfb_dist.save_pretrained(model, folder / "out")
@@ -59,10 +59,10 @@ def go_round(folder: Path) -> dict[str, Tensor]:
 def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], list[dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("gpt-oss")
     expected = published(folder / "in")
-    return folder, expected, run_ranks(2, go_round, folder, folder=folder)
+    return folder, expected, run_ranks(2, read_and_write, folder, folder=folder)
 
 
-def test_each_rank_reads_its_experts_as_the_numbers_that_are_meant(read: Any) -> None:
+def test_each_rank_reads_its_experts_as_the_numbers_encoded(read: Any) -> None:
     _, expected, by_rank = read
     for rank, found in enumerate(by_rank):
         for name, x in expected.items():
@@ -71,7 +71,7 @@ def test_each_rank_reads_its_experts_as_the_numbers_that_are_meant(read: Any) ->
     assert expected[NAME].unique().numel() > 40
 
 
-def test_written_model_is_the_one_that_transformers_unpacks(read: Any) -> None:
+def test_written_model_equals_the_one_that_transformers_unpacks(read: Any) -> None:
     folder, expected, by_rank = read
     eager = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     theirs = AutoModelForCausalLM.from_pretrained(folder / "in", **eager).eval()
@@ -85,7 +85,7 @@ def test_written_model_is_the_one_that_transformers_unpacks(read: Any) -> None:
     assert all(torch.allclose(found["logits"], logits[0], rtol=1e-4, atol=1e-4) for found in by_rank)
 
 
-def test_commands_take_it(read: Any, tmp_path: Path) -> None:
+def test_conversions_read_it(read: Any, tmp_path: Path) -> None:
     folder, expected, _ = read
     assert describe_folder(folder / "in")["layout"] == "fused"
     relayout(folder / "in", tmp_path / "out")
@@ -104,9 +104,7 @@ def test_commands_take_it(read: Any, tmp_path: Path) -> None:
         ("_blocks", lambda x: x.float(), "must be"),
     ],
 )
-def test_packed_tensors_that_do_not_belong_together_are_refused(
-    tmp_path: Path, end: str, change: Any, text: str
-) -> None:
+def test_packed_tensors_that_do_not_match_are_refused(tmp_path: Path, end: str, change: Any, text: str) -> None:
     published(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     packed = tensors.pop(f"{NAME}{end}")

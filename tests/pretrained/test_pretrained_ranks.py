@@ -1,27 +1,25 @@
-"""Reading a transformers folder on ranks and writing it again: the same weights, files and biases, or a refusal."""
+"""A transformers directory read on ranks and written again has the same weights, files and biases, or is refused."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoint_runs import make, refusal, train
+from support.checkpoint_runs import refusal
+from support.hub_folders import assert_same, loaded, mixtral, opened_readers
 from support.ranks import run_ranks
 from support.tiny import random_biases, set_biases, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import alfb_dist
-from alfb_dist.cli import main
 from alfb_dist.pretrained import to_hf
 
 
 def write(folder: Path, *, hub: bool = True, size: str = "5GB") -> dict[str, Tensor]:
-    """A tiny model with biases, written by transformers; its state dict."""
+    """Write a tiny model with biases by transformers; return its state dict."""
     model = tiny_model(3)
     set_biases(model, random_biases(model, 5))
     model.save_pretrained(folder, save_original_format=hub, max_shard_size=size)
@@ -29,35 +27,25 @@ def write(folder: Path, *, hub: bool = True, size: str = "5GB") -> dict[str, Ten
     return {name: x.clone() for name, x in model.state_dict().items()}
 
 
-def loaded(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """What transformers reads from the folder."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return dict(model.state_dict())
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def read_and_write(source: Path, out: Path, ep_degree: int, layout: str) -> None:
-    model = alfb_dist.from_pretrained(source, ep_degree=ep_degree)
-    alfb_dist.save_pretrained(model, out, layout=layout, max_shard_bytes=20_000)
+def read_and_write(folder: Path, ep_degree: int) -> None:
+    for layout in ("per_expert", "fused"):
+        model = alfb_dist.from_pretrained(folder / layout / "source", ep_degree=ep_degree)
+        alfb_dist.save_pretrained(model, folder / layout / f"{ep_degree}", layout=layout, max_shard_bytes=20_000)
 
 
-@pytest.mark.parametrize("layout", ["per_expert", "fused"])
-def test_round_trip_is_exact_and_files_equal_for_ep_1_2_4(tmp_path: Path, layout: str) -> None:
-    expected = write(tmp_path / "source", hub=layout == "fused", size="20KB")
+def test_round_trip_is_exact_and_files_equal_for_ep_1_2_4(tmp_path: Path) -> None:
+    for layout in ("per_expert", "fused"):
+        expected = write(tmp_path / layout / "source", hub=layout == "fused", size="20KB")
     for world in (1, 2, 4):
-        run_ranks(world, read_and_write, tmp_path / "source", tmp_path / f"{world}", world, layout, folder=tmp_path)
-    assert_same(loaded(tmp_path / "4"), expected)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "4")
-    assert "tokenizer.json" in contents(tmp_path / "1")
+        run_ranks(world, read_and_write, tmp_path, world, folder=tmp_path)
+    for layout in ("per_expert", "fused"):
+        one, two, four = (contents(tmp_path / layout / f"{world}") for world in (1, 2, 4))
+        assert_same(loaded(tmp_path / layout / "4"), expected)
+        assert one == two == four and "tokenizer.json" in one
 
 
 def test_bfloat16_reads_as_transformers_does_and_bias_stays_float32(tmp_path: Path) -> None:
@@ -68,39 +56,27 @@ def test_bfloat16_reads_as_transformers_does_and_bias_stays_float32(tmp_path: Pa
     assert found[bias].dtype == torch.float32 and torch.equal(found[bias], expected[bias])
 
 
-def train_and_write(folder: Path) -> None:
-    engine, balancer = make(1, 2)
-    train(engine, balancer, 1, 2)
-    alfb_dist.save_pretrained(engine, folder / "model")
-    alfb_dist.save_pretrained(engine, folder / "masters", masters=True)
+DAMAGES = ("missing", "unknown", "shape")
 
 
-def test_engine_under_zero_1_writes_a_loadable_model(tmp_path: Path) -> None:
-    run_ranks(2, train_and_write, tmp_path, folder=tmp_path)
-    assert_same(loaded(tmp_path / "masters"), loaded(tmp_path / "model"))
-    bias = loaded(tmp_path / "model")["model.layers.2.mlp.gate.e_score_correction_bias"]
-    assert set((bias.abs() * 100).round().tolist()) <= {0.0, 1.0, 2.0} and bias.any()
+def refused_on_rank(folder: Path) -> list[str]:
+    return [refusal(lambda d=d: alfb_dist.from_pretrained(folder / d, ep_degree=2)) for d in DAMAGES]  # type: ignore[misc]
 
 
-def refused_on_rank(folder: Path) -> str:
-    return refusal(lambda: alfb_dist.from_pretrained(folder, ep_degree=2))
-
-
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
-def test_wrong_tensors_are_named_on_every_rank(tmp_path: Path, damage: str) -> None:
-    write(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.1.mlp.experts.5.up_proj.weight"
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "extra":
-        name = "model.layers.1.mlp.experts.8.up_proj.weight"
-        tensors[name] = torch.zeros(16, 24)
-    else:
-        tensors[name] = torch.zeros(16, 23)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    messages = run_ranks(2, refused_on_rank, tmp_path, folder=tmp_path)
-    assert name in messages[0] and messages[0] == messages[1]
+def test_wrong_tensors_are_named_on_every_rank(tmp_path: Path) -> None:
+    names = []
+    for damage in DAMAGES:
+        write(tmp_path / damage)
+        path = tmp_path / damage / "model.safetensors"
+        tensors, expert = load_file(path), 8 if damage == "unknown" else 5
+        names.append(f"model.layers.1.mlp.experts.{expert}.up_proj.weight")
+        tensors[names[-1]] = torch.zeros(16, 23 if damage == "shape" else 24)
+        if damage == "missing":
+            del tensors[names[-1]]
+        save_file(tensors, path, metadata={"format": "pt"})
+    first, second = run_ranks(2, refused_on_rank, tmp_path, folder=tmp_path)
+    assert first == second
+    assert all(name in message for name, message in zip(names, first, strict=True))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -109,7 +85,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     assert "pickled" in refusal(lambda: alfb_dist.from_pretrained(tmp_path, ep_degree=1))
 
 
-def test_rounded_bias_brings_a_warning(tmp_path: Path) -> None:
+def test_rounded_bias_raises_a_warning(tmp_path: Path) -> None:
     write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for name in tensors:
@@ -121,7 +97,7 @@ def test_rounded_bias_brings_a_warning(tmp_path: Path) -> None:
 
 
 def test_block_fp8_is_dequantised(tmp_path: Path) -> None:
-    """Blocks of 16 x 16; each value is its 8-bit number times the scale of its block, taken one by one."""
+    """Blocks of 16 x 16; each value is its 8-bit number times the scale of its block, computed one by one."""
     write(tmp_path)
     tensors, expected = load_file(tmp_path / "model.safetensors"), {}
     for name in [n for n in tensors if ".experts.3." in n]:
@@ -146,56 +122,23 @@ def test_block_fp8_is_dequantised(tmp_path: Path) -> None:
         assert torch.equal(found[f"{name}.down_proj"][3], expected[f"{name}.3.down_proj.weight"])
 
 
-def read_share(folder: Path) -> tuple[int, int]:
-    """(bytes of the model on this rank, bytes of tensors that it read)."""
-    from alfb_dist.pretrained import source
-
-    opened: list[Any] = []
-    inner = source.Source.__init__
-
-    def init(self: Any, paths: Any) -> None:
-        opened.append(self)
-        inner(self, paths)
-
-    source.Source.__init__ = init  # type: ignore[method-assign]
-    model = alfb_dist.from_pretrained(folder, ep_degree=2)
-    return sum(x.numel() * x.element_size() for x in model.state_dict().values()), opened[0].bytes_read
+def read_shares(folder: Path) -> list[tuple[int, int]]:
+    """Return (bytes of the model on this rank, bytes of tensors read) for each layout."""
+    found = []
+    for layout in ("per_expert", "fused"):
+        with opened_readers() as opened:
+            model = alfb_dist.from_pretrained(folder / layout, ep_degree=2)
+        found.append((sum(x.numel() * x.element_size() for x in model.state_dict().values()), opened[0].bytes_read))
+    return found
 
 
-@pytest.mark.parametrize("hub", [True, False])
-def test_rank_reads_its_share_and_no_more(tmp_path: Path, hub: bool) -> None:
-    whole = sum(x.numel() * x.element_size() for x in write(tmp_path, hub=hub).values())
-    for share, read in run_ranks(2, read_share, tmp_path, folder=tmp_path):
-        assert share < 0.75 * whole and read == share
-
-
-def train_save_and_write(folder: Path) -> None:
-    from alfb_dist import checkpoint
-
-    engine, balancer = make(1, 2)
-    train(engine, balancer, 1, 2)
-    checkpoint.save(engine, balancer, folder / "checkpoints", step=2, state={})
-    alfb_dist.save_pretrained(engine, folder / "engine")
-
-
-def test_export_of_a_checkpoint_equals_that_of_its_engine(tmp_path: Path) -> None:
-    run_ranks(2, train_save_and_write, tmp_path, folder=tmp_path)
-    to_hf(tmp_path / "checkpoints" / "step-00000002", tmp_path / "checkpoint", tiny_model().config)
-    name = "model.safetensors"
-    assert (tmp_path / "checkpoint" / name).read_bytes() == (tmp_path / "engine" / name).read_bytes()
-    assert_same(loaded(tmp_path / "checkpoint"), loaded(tmp_path / "engine"))
-    config = tiny_model().config.to_dict()
-    model = {"path": "", "family": config.pop("model_type"), "dtype": "float32", "config": config}
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"model": model}}))
-    save = tmp_path / "checkpoints" / "step-00000002"
-    assert main(["checkpoint", "to-hf", str(save), str(tmp_path / "command")]) == 0
-    assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "engine" / name).read_bytes()
-
-
-def mixtral() -> MixtralForCausalLM:
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+def test_rank_reads_its_share_and_no_more(tmp_path: Path) -> None:
+    for layout in ("per_expert", "fused"):
+        state = write(tmp_path / layout, hub=layout == "per_expert")
+    whole = sum(x.numel() * x.element_size() for x in state.values())
+    for by_layout in run_ranks(2, read_shares, tmp_path, folder=tmp_path):
+        for share, read in by_layout:
+            assert share < 0.75 * whole and read == share
 
 
 def save_mixtral(folder: Path) -> None:
@@ -209,7 +152,7 @@ def save_mixtral(folder: Path) -> None:
     checkpoint.save(engine, balancer, folder, step=2, state={})
 
 
-def test_a_checkpoints_bias_without_a_place_is_refused_unless_it_says_nothing(tmp_path: Path) -> None:
+def test_a_checkpoints_bias_that_the_family_does_not_have_is_refused_unless_it_is_0(tmp_path: Path) -> None:
     run_ranks(2, save_mixtral, tmp_path, folder=tmp_path)
     config = mixtral().config
     to_hf(tmp_path / "step-00000001", tmp_path / "a", config)
@@ -217,10 +160,10 @@ def test_a_checkpoints_bias_without_a_place_is_refused_unless_it_says_nothing(tm
     assert not (tmp_path / "b").exists()
 
 
-def test_bias_without_a_place_is_refused_or_goes_beside(tmp_path: Path) -> None:
+def test_bias_that_the_family_does_not_have_is_refused_or_written_to_a_sidecar(tmp_path: Path) -> None:
     mixtral().save_pretrained(tmp_path / "a")
     model = alfb_dist.from_pretrained(tmp_path / "a", ep_degree=1)
-    alfb_dist.save_pretrained(model, tmp_path / "zero")  # biases of 0 say nothing
+    alfb_dist.save_pretrained(model, tmp_path / "zero")  # biases of 0 change nothing
     model.model.layers[1].mlp.gate.selection_bias.fill_(0.1)
     assert "no place" in refusal(lambda: alfb_dist.save_pretrained(model, tmp_path / "b"))
     with pytest.warns(UserWarning, match="routes without"):

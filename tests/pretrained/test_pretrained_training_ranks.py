@@ -1,4 +1,4 @@
-"""Training on from a folder: no rank builds the whole model, and the run is that of the whole model all the same."""
+"""Training from a transformers directory: no rank builds the whole model, and the run equals that of the whole one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.checkpoint_runs import refusal
+from support.hub_folders import opened_readers
 from support.ranks import run_ranks
 from support.tiny import biases, random_biases, set_biases, tiny_batch, tiny_model
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ import alfb_dist
 from alfb_dist.cli import main
 from alfb_dist.config import Config, ConfigError, load_config
 from alfb_dist.engine.initialize import quiet
-from alfb_dist.pretrained import from_hf, source
+from alfb_dist.pretrained import from_hf
 from alfb_dist.training import loop as loop
 from alfb_dist.training import run as runs
 
@@ -53,7 +54,7 @@ html = false
 
 
 def released(folder: Path, **sizes: Any) -> nn.Module:
-    """A tiny model in folder/released, with texts to train on beside it and a configuration to do so."""
+    """Write a tiny model to folder/released, texts and a configuration to train it; return the model."""
     model = tiny_model(3, vocab_size=320, **sizes)
     set_biases(model, random_biases(model, 4) + 8)
     model.save_pretrained(folder / "released")
@@ -65,7 +66,7 @@ def released(folder: Path, **sizes: Any) -> nn.Module:
 
 
 def whole_model(config: Config, *, resumed: bool) -> nn.Module:
-    """What a run would build if every rank read the whole model."""
+    """Return the model that a run would build if every rank read all of it."""
     torch.manual_seed(config.run.seed)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="sdpa")
     model.config.use_cache = False
@@ -78,20 +79,28 @@ def trained(folder: Path, name: str, whole: bool) -> None:
     loop.train(load_config(folder / "on.toml", [f"run.name='{name}'"], world_size=dist.get_world_size()))
 
 
-def told(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """What a run folder tells of its steps, and of how many parameters there are."""
+def recorded(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the metrics of a run without times, and its number of parameters."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in lines]
     return timeless, json.loads((folder / "config.json").read_text())["num_parameters"]
 
 
-def test_run_from_a_folder_is_to_the_bit_the_run_of_the_whole_model(tmp_path: Path) -> None:
-    model = released(tmp_path)
-    for name, whole in (("shares", False), ("whole", True)):
-        run_ranks(2, trained, tmp_path, name, whole, folder=tmp_path)
-    steps, num_parameters = told(tmp_path / "runs" / "shares")
-    assert (steps, num_parameters) == told(tmp_path / "runs" / "whole")
-    assert num_parameters == sum(p.numel() for p in model.parameters())
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Return a directory with a released model and the run `shares` from it, and the model's number of parameters."""
+    folder = tmp_path_factory.mktemp("training")
+    model = released(folder)
+    run_ranks(2, trained, folder, "shares", False, folder=folder)
+    return folder, sum(p.numel() for p in model.parameters())
+
+
+def test_run_from_a_directory_equals_the_run_of_the_whole_model(trained_once: tuple[Path, int]) -> None:
+    folder, expected = trained_once
+    run_ranks(2, trained, folder, "whole", True, folder=folder)
+    steps, num_parameters = recorded(folder / "runs" / "shares")
+    assert (steps, num_parameters) == recorded(folder / "runs" / "whole")
+    assert num_parameters == expected
     assert steps[1]["loss"] != steps[0]["loss"] and steps[0]["bias_range"] > 0
 
 
@@ -99,23 +108,25 @@ def resumed(folder: Path, *settings: str) -> None:
     loop.train(load_config(folder / "on.toml", [*settings, "run.resume=true"], world_size=dist.get_world_size()))
 
 
-def test_run_from_an_imported_checkpoint_is_to_the_bit_the_run_from_its_folder(tmp_path: Path) -> None:
-    released(tmp_path)
-    from_hf(tmp_path / "released", tmp_path / "runs" / "imported")
-    run_ranks(2, trained, tmp_path, "direct", False, folder=tmp_path)
-    run_ranks(2, resumed, tmp_path, "run.name='imported'", folder=tmp_path)
-    assert told(tmp_path / "runs" / "imported") == told(tmp_path / "runs" / "direct")
-    saves = [p.name for p in sorted((tmp_path / "runs" / "imported" / "checkpoints").glob("step-*"))]
+def test_run_from_an_imported_checkpoint_equals_the_run_from_its_directory(trained_once: tuple[Path, int]) -> None:
+    folder, _ = trained_once
+    from_hf(folder / "released", folder / "runs" / "imported")
+    run_ranks(2, resumed, folder, "run.name='imported'", folder=folder)
+    assert recorded(folder / "runs" / "imported") == recorded(folder / "runs" / "shares")
+    saves = [p.name for p in sorted((folder / "runs" / "imported" / "checkpoints").glob("step-*"))]
     assert saves == ["step-00000000", "step-00000002"]
 
 
-def start_imported(folder: Path, mode: str) -> tuple[list[str], Tensor, list[str]]:
-    run = runs.start(load_config(folder / "new.toml", ["run.resume=true", f"balance.mode='{mode}'"], world_size=2))
-    return run.balancer.modes, run.balancer.bias_LE, run.messages
+def start_imported(folder: Path) -> list[tuple[list[str], Tensor, list[str]]]:
+    found = []
+    for mode in ("auto", "recentre"):
+        run = runs.start(load_config(folder / "new.toml", ["run.resume=true", f"balance.mode='{mode}'"], world_size=2))
+        found.append((run.balancer.modes, run.balancer.bias_LE, run.messages))
+    return found
 
 
 def test_imported_biases_freeze_unless_a_mode_is_named_and_are_recentred_if_asked(tmp_path: Path) -> None:
-    """Also where the configuration names the model's sizes, and not the folder."""
+    """Also where the configuration has the model's sizes, and not its directory."""
     model: Any = released(tmp_path)
     from_hf(tmp_path / "released", tmp_path / "runs" / "on")
     derived = ("qk_head_dim", "head_dim")
@@ -125,21 +136,18 @@ def test_imported_biases_freeze_unless_a_mode_is_named_and_are_recentred_if_aske
     toml = (tmp_path / "on.toml").read_text().replace(f'path = "{tmp_path}/released"', by_sizes)
     (tmp_path / "new.toml").write_text(toml)
     raw_LE = biases(model)
-    for modes, bias_LE, notes in run_ranks(2, start_imported, tmp_path, "auto", folder=tmp_path):
+    centred_LE = (raw_LE.double() - raw_LE.double().mean(-1, keepdim=True)).float()
+    for (modes, bias_LE, notes), centred in run_ranks(2, start_imported, tmp_path, folder=tmp_path):
         assert modes == ["freeze"] * 2 and torch.equal(bias_LE, raw_LE)
         assert any("stay as released" in note for note in notes) and not any("changed since" in n for n in notes)
-    for modes, bias_LE, _ in run_ranks(2, start_imported, tmp_path, "recentre", folder=tmp_path):
-        centred_LE = (raw_LE.double() - raw_LE.double().mean(-1, keepdim=True)).float()
-        assert modes == ["recentre"] * 2 and torch.equal(bias_LE, centred_LE)
+        assert centred[0] == ["recentre"] * 2 and torch.equal(centred[1], centred_LE)
 
 
 def sizes_of_start(folder: Path) -> tuple[int, int]:
-    """(bytes that this rank reads of the folder for a run, bytes of its largest parameter)."""
-    read: list[Any] = []
-    inner = source.Source.__init__
-    source.Source.__init__ = lambda self, paths: (read.append(self), inner(self, paths))[1]  # type: ignore
-    run = runs.start(load_config(folder / "on.toml", world_size=2))
-    return sum(s.bytes_read for s in read), max(p.numel() * 4 for p in run.engine.module.parameters())
+    """Return the bytes that this rank reads of the directory for a run, and those of its largest parameter."""
+    with opened_readers() as opened:
+        run = runs.start(load_config(folder / "on.toml", world_size=2))
+    return sum(reader.bytes_read for reader in opened), max(p.numel() * 4 for p in run.engine.module.parameters())
 
 
 def test_rank_of_a_run_reads_its_share_only(tmp_path: Path) -> None:
@@ -161,7 +169,7 @@ def refused_run(folder: Path) -> str:
     return refusal(lambda: runs.start(load_config(folder / "on.toml", world_size=2)), ConfigError)
 
 
-def test_folder_without_weights_is_refused_on_every_rank(tmp_path: Path) -> None:
+def test_directory_without_weights_is_refused_on_every_rank(tmp_path: Path) -> None:
     released(tmp_path)
     (tmp_path / "released" / "model.safetensors").unlink()
     messages = run_ranks(2, refused_run, tmp_path, folder=tmp_path)
@@ -172,9 +180,9 @@ DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW",
 
 
 def initialised(folder: Path) -> tuple[list[str], Tensor, float]:
-    """Refusals of a model that was read for 2 ranks, then what a step on it makes of the loads; and the alpha kept."""
+    """Return the refusals of a model that was read for 2 ranks, the loads of a step on it, and its alpha."""
     quiet()
-    warnings.simplefilter("error", UserWarning)  # a model in evaluation mode would bring one
+    warnings.simplefilter("error", UserWarning)  # a model in evaluation mode would raise one
     model = alfb_dist.from_pretrained(folder / "released", ep_degree=2, sequence_loss_alpha=0.25)
     assert not model.training
     others: list[dict[str, Any]] = [{"batch_loss_alpha": 0.5}, {"max_rows": 8}]

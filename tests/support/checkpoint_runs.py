@@ -1,11 +1,10 @@
-"""Small training runs that save and load, for the checkpoint tests: called on ranks, so everything is module-level."""
+"""Small training runs that save and load, called on ranks."""
 
 from __future__ import annotations
 
 import random
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from support.tiny import tiny_batch, tiny_model
 from torch import Tensor
 
 PARTS = 4
-"""Micro-batches of a step, over all ranks and accumulations."""
+"""The number of micro-batches of a step, over all ranks and accumulations."""
 
 
 def make(
@@ -32,7 +31,7 @@ def make(
     frozen: tuple[str, ...] = (),
     **overrides: Any,
 ) -> tuple[Any, Any]:
-    """An engine and its balancer; keys of the model's configuration can be overridden."""
+    """Return an engine and its balancer; overrides: keys of the model's configuration."""
     import alfb_dist
     from alfb_dist.engine.initialize import quiet
 
@@ -56,7 +55,7 @@ def make(
 
 
 def train(engine: Any, balancer: Any, *steps: int) -> list[float]:
-    """This rank's losses of these steps; the global batch of a step is the same at any world size."""
+    """Train for these steps and return this rank's losses; a step's global batch is the same at any world size."""
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in steps:
@@ -72,18 +71,18 @@ def train(engine: Any, balancer: Any, *steps: int) -> list[float]:
 
 
 def mean_loss(engine: Any, step: int) -> float:
-    """The loss of a step's whole global batch, without training on it."""
+    """Return the loss of a step's global batch, without training on it."""
     with torch.no_grad():
         return float(engine(**tiny_batch(1000 + step, 2 * PARTS, 6)).loss)
 
 
 def digest(x: Tensor) -> str:
-    """The xxh3-128 of a tensor's bytes."""
+    """Return the xxh3-128 of a tensor's bytes."""
     return xxhash.xxh3_128_hexdigest(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def state_digests(engine: Any, balancer: Any) -> dict[str, Any]:
-    """Hashes of all that this rank holds: model weights, masters, moments, bias, loads, counts, random state."""
+    """Return hashes of this rank's state: model and master weights, moments, bias, loads, counts, random state."""
     from alfb_dist.checkpoint import optimizer, rng
 
     found: dict[str, Any] = {f"model/{n}": digest(x) for n, x in engine.module.state_dict().items()}
@@ -100,12 +99,12 @@ def state_digests(engine: Any, balancer: Any) -> dict[str, Any]:
 
 
 def draw() -> list[float]:
-    """One number of each random generator."""
+    """Return one number of each random generator."""
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
 
 def stir(seed: int) -> None:
-    """The random generators are somewhere else, on each rank elsewhere."""
+    """Seed the random generators, each rank differently."""
     value = 100 * seed + dist.get_rank()
     random.seed(value)
     np.random.seed(value)
@@ -114,15 +113,8 @@ def stir(seed: int) -> None:
     np.random.randn()
 
 
-def flip(path: Path, bit: int) -> None:
-    """One bit of the file is the other."""
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-
-
 def refusal(attempt: Callable[[], object], error: type[Exception] = ValueError) -> str:
-    """The message of the error that the attempt raises; AssertionError if it raises none."""
+    """Return the message of the error that the attempt raises. Raises AssertionError if it raises none."""
     try:
         attempt()
     except error as e:

@@ -1,4 +1,4 @@
-"""Saves made by hand, without a run, and ways to damage one."""
+"""Saves made without a run, and ways to damage one."""
 
 from __future__ import annotations
 
@@ -11,33 +11,28 @@ import torch
 import xxhash
 
 from alfb_dist.checkpoint import files, folder, manifest
-from alfb_dist.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from alfb_dist.checkpoint.safetensors_file import write_tensors
 
 LAYER = "model.layers.1.mlp.experts"
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A safetensors file and its entries in the manifest's `files` and `tensors`."""
-    writer = SafetensorsWriter(path, [Entry(key, "F32", tuple(x.shape)) for key, x in tensors.items()])
-    for key, x in tensors.items():
-        writer.put(key, x)
-    return {path.name: writer.finish()}, writer.tensors
-
-
 def fabricate(checkpoints: Path, step: int) -> Path:
-    """A good save of two experts and little else: one file of each kind."""
+    """Write a good save of two experts and little else, one file of each kind; return its directory."""
     path = folder.step_folder(checkpoints, step)
     tmp = folder.start(path)
     torch.manual_seed(step)
     parameters = (f"{LAYER}.down_proj", f"{LAYER}.gate_up_proj")
     experts = {f"weight/{name}/{e}": torch.randn(3, 4) for e in (0, 1) for name in parameters}
     dense = {"weight/model.norm.weight": torch.randn(5), "exp_avg/model.norm.weight": torch.randn(5)}
-    listed, tensors = write_tensors(tmp / "tensors-00000-000.safetensors", experts | dense)
-    bias_file, bias = write_tensors(tmp / "balance.safetensors", {"bias/model.layers.1.mlp.gate.bias": torch.randn(2)})
+    listed: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    biases = {"bias/model.layers.1.mlp.gate.bias": torch.randn(2)}
+    for name, held in (("tensors-00000-000.safetensors", experts | dense), ("balance.safetensors", biases)):
+        listed[name], written = write_tensors(tmp / name, held)
+        tensors |= written
     small = {"state.json": {"state": {"seed": step}}, "rng-00000.json": {"python": [3, [1, 2, 3], None]}}
     for name, value in small.items():
         listed[name] = files.write_file(tmp / name, manifest.to_json(value).encode())
-    tensors |= bias
     body = {
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
@@ -45,7 +40,7 @@ def fabricate(checkpoints: Path, step: int) -> Path:
         "topology": {"world_size": 1, "ep_degree": 1, "zero_stage": 1},
         "config_hash": "0123",
         "versions": {"alfb_dist": "0.1.0"},
-        "files": listed | bias_file,
+        "files": listed,
         "tensors": tensors,
         "experts": manifest.fingerprints(tensors, {LAYER: 2}),
     }
@@ -55,47 +50,47 @@ def fabricate(checkpoints: Path, step: int) -> Path:
 
 
 def flip(path: Path, bit: int) -> None:
-    """One bit of the file is the other."""
+    """Flip one bit of the file."""
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
 
 
 def flip_some_bit(path: Path, seed: int) -> None:
-    """One bit of the file, chosen by the seed, is the other."""
+    """Flip one bit of the file, chosen by the seed."""
     flip(path, random.Random(seed).randrange(8 * path.stat().st_size))
 
 
 def truncate(path: Path, seed: int) -> None:
-    """The file ends earlier, at a place chosen by the seed."""
+    """Truncate the file at a byte chosen by the seed."""
     size = path.stat().st_size
     with open(path, "rb+") as file:
         file.truncate(random.Random(seed).randrange(size))
 
 
 def swap(first: Path, second: Path) -> None:
-    """Each file has the content of the other."""
+    """Exchange the content of two files."""
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
 
 
 def edit_manifest(save: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The manifest is changed, with a checksum that fits."""
+    """Change the manifest and its checksum."""
     body = manifest.read(save)
     change(body)
     (save / manifest.NAME).write_bytes(manifest.encode(body))
 
 
 def accept(save: Path, name: str) -> None:
-    """The manifest has the size and hash that the file has now."""
+    """Set the size and hash of a file in the manifest to the present ones."""
     data = (save / name).read_bytes()
     record = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     edit_manifest(save, lambda body: body["files"].update({name: record}))
 
 
 def swap_tensors(save: Path, first: str, second: str) -> None:
-    """Two tensors of one file have each other's content, and the manifest says so; only fingerprints can tell."""
+    """Exchange the content of two tensors of a file, in the manifest too, so that only fingerprints differ."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""What doctor's tests share: a table of facts and verdicts, results by name, commands that stand in for others."""
+"""Shared by doctor's tests: tables of facts and verdicts, verdicts by name, fake commands."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from alfb_dist.config import load_config
 TEST_CONFIG = Path(__file__).parents[2] / "configs" / "test.toml"
 MEASURED = {"latency_seconds": 1e-4, "bytes_per_second": 2**30, "exact": True}  # by the exchange test
 Row = tuple[Callable[..., Any], tuple[Any, ...], str, str]
-"""(judge, facts, its verdict, words that its result holds)."""
+"""(judge, facts, verdict, words in the result)."""
 
 
 def check_row(judge: Callable[..., Result], facts: tuple[Any, ...], verdict: str, words: str) -> None:
-    """The facts get this verdict, with a fix where something is not well."""
+    """Assert that the facts get this verdict, with a fix for a warning or a problem."""
     result = judge(*facts)
     assert result.verdict == verdict
     assert words in result.found or words in result.fix, result
@@ -28,10 +28,10 @@ def verdicts(results: Iterable[Result]) -> dict[str, str]:
     return {result.check: result.verdict for result in results}
 
 
-def put_command(folder: Path, name: str, script: str) -> None:
-    """The folder has a command of this name."""
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
+def put_command(directory: Path, name: str, script: str) -> None:
+    """Put a command of this name into the directory."""
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
 
 
 def case(*overrides: str, hosts: dict[str, int] | None = None) -> Case:

@@ -1,4 +1,4 @@
-"""Cases for the grouped experts' compute, and its outcome beside the reference's in float64. Shared by the tests."""
+"""Cases for the grouped experts' compute, and the comparison of its outcome with the reference's in float64."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from alfb_dist.moe.experts import expert_mlp_reference
 ACT = nn.SiLU()
 NAMES = ("out", "x_RD", "weights_RK", "gate_up_e2FD", "down_eDF")
 TOLERANCE = {torch.float32: 2**-20, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-"""How far a result may be from float64's, as a share of its norm: a few roundings of the type."""
+"""The error that a result may have, as a share of its norm: a few roundings of the type."""
 
 
 def make_case(
     seed: int, rows: int, experts: int, top_k: int, width: int, inner: int, *, hot: bool = False
 ) -> list[Tensor]:
-    """x, ids, weights, gate_up, down in float32; ids distinct in a row, a third empty, or all on expert 0 alone."""
+    """Return x, ids, weights, gate_up and down in float32. Ids are distinct in a row, a third are empty.
+
+    hot: each row has expert 0 alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids_RK = torch.rand(rows, experts, generator=generator).argsort(1)[:, :top_k]
     empty_RK = torch.rand(rows, top_k, generator=generator) < 1 / 3
@@ -54,7 +57,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
 
 
 def rounded(case: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The case with rows and parameters that the type holds exactly: the routing weights stay float32."""
+    """Return the case with rows and parameters in the type, and routing weights in float32."""
     x, ids, weights, *parameters = case
     return [x.to(dtype), ids, weights, *(p.to(dtype) for p in parameters)]
 
@@ -64,7 +67,7 @@ def in_float64(case: list[Tensor]) -> list[Tensor]:
 
 
 def outcome(mlp: Callable[..., Tensor], case: list[Tensor], device: str = "cpu", **options: Any) -> dict[str, Tensor]:
-    """Output and gradients of a fixed projection of it, by name."""
+    """Return the output and the gradients of a fixed projection of it, by name."""
     x, ids, *rest = (t.to(device) for t in case)
     leaves = [t.clone().requires_grad_() for t in (x, *rest)]
     out = mlp(leaves[0], ids, *leaves[1:], ACT, **options)
@@ -74,12 +77,14 @@ def outcome(mlp: Callable[..., Tensor], case: list[Tensor], device: str = "cpu",
 
 
 def assert_equals_reference(got: dict[str, Tensor], case: list[Tensor], dtype: torch.dtype) -> None:
-    """All results have their types, no gradient is None, and each is within the type's rounding of float64's."""
+    """Assert that all results have their types and are within the type's rounding of float64's."""
     expected = outcome(expert_mlp_reference, in_float64(case))
     for name, value in expected.items():
         assert got[name].dtype == (torch.float32 if name == "weights_RK" else dtype), name
-        real = case[1] < len(case[4]) if name == "weights_RK" else slice(None)  # the reference's idea of empty slots
-        error, norm = (got[name].cpu().double() - value)[real].norm(), value[real].norm()
+        filled = (
+            case[1] < len(case[4]) if name == "weights_RK" else slice(None)
+        )  # the reference's differ in empty slots
+        error, norm = (got[name].cpu().double() - value)[filled].norm(), value[filled].norm()
         assert error <= TOLERANCE[dtype] * norm, f"{name}: off by {error / norm:.1e} of its norm"
     idle = [e for e in range(len(case[4])) if not (case[1] == e).any()]
     assert not got["gate_up_e2FD"][idle].any() and not got["down_eDF"][idle].any()

@@ -13,32 +13,32 @@ import threading
 import time
 
 from alfb_dist.distributed.launch import supervisor
-from alfb_dist.distributed.launch.control_channel import Lifeline, Lines
+from alfb_dist.distributed.launch.control_channel import ControlClient, ControlServer
 
 RANKS = 2
 
 
-def launcher(play: str, lifeline: str, resume: str) -> int:
+def launcher(play: str, address: str, resume: str) -> int:
     """Starts the ranks and ends with the first exit code that is not 0, as launchers do."""
     if play == "launcher knows nothing":
         return 0
-    ranks = [subprocess.Popen([sys.executable, __file__, "rank", str(r), play, lifeline, resume]) for r in range(RANKS)]
+    ranks = [subprocess.Popen([sys.executable, __file__, "rank", str(r), play, address, resume]) for r in range(RANKS)]
     if play == "launcher is killed":
         time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
     if play == "launcher leaves a process behind":
-        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(600)  # {lifeline}"], start_new_session=True)
+        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(600)  # {address}"], start_new_session=True)
     codes = [rank.wait() for rank in ranks]
     if play == "host is cut off":
         threading.Event().wait()  # for the ssh to it, which notices nothing
     return next((code for code in codes if code), 0) % 256
 
 
-def rank(number: int, play: str, lifeline: str, resume: str) -> int:
-    line, asked = Lifeline(lifeline, number), threading.Event()
-    line.on_stop(asked.set)
+def rank(number: int, play: str, address: str, resume: str) -> int:
+    channel, stopped = ControlClient(address, number), threading.Event()
+    channel.on_stop(stopped.set)
     if play != "crash before the start":
-        line.tell(folder="runs/fake")
+        channel.send(folder="runs/fake")
     print(f"rank {number} resume={resume}", flush=True)
     crash = {"crash": True, "crash before the start": resume == "False", "crash once": resume == "False"}.get(
         play, False
@@ -46,7 +46,7 @@ def rank(number: int, play: str, lifeline: str, resume: str) -> int:
     if number == 1 and (crash or play == "host is cut off"):
         os.kill(os.getpid(), signal.SIGKILL)
     if play in ("wait", "launcher is killed"):
-        asked.wait()
+        stopped.wait()
     if play == "deaf":
         threading.Event().wait()
     code = {
@@ -56,7 +56,7 @@ def rank(number: int, play: str, lifeline: str, resume: str) -> int:
         "disagree": 75 * number,
         "host is cut off": 1,
     }.get(play, 0)
-    line.tell(code=code)
+    channel.send(code=code)
     return code
 
 
@@ -72,7 +72,7 @@ def main() -> int:
             [sys.executable, __file__, "launcher", play, address, str(resume)],
             dict(os.environ),
         ),
-        lambda: Lines("127.0.0.1"),
+        lambda: ControlServer("127.0.0.1"),
         ranks=RANKS,
         max_restarts=max_restarts,
     )

@@ -29,6 +29,7 @@ def _main(fn: Callable[..., Any], rank: int, world: int, folder: str, args: tupl
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)  # so that ranks of a run share the cores
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     torch.set_num_threads(1)

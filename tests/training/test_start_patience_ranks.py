@@ -11,10 +11,10 @@ import torch.distributed as dist
 from support.tiny import tiny_model
 from support.train_runs import config_of
 
-from alfb_dist.config.settings import START_SECONDS
 from alfb_dist.distributed.collectives import known_groups
 from alfb_dist.training.loop import train
 from alfb_dist.training.run import start
+from alfb_dist.training.settings import START_SECONDS
 
 SHORT = "run.timeout_seconds=33"
 RUNS = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from alfb_dist.distributed.collectives import all_max, all_to_all_rows, exchange_row_counts, world_group
+from alfb_dist.distributed.collectives import all_max, exchange_numbers, start_all_to_all_bytes, world_group
 from alfb_dist.distributed.launch.signals import DONE
 from alfb_dist.distributed.topology import init_distributed, leave
 
@@ -26,13 +26,14 @@ SECONDS = 60
 def exchange(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, float]:
     """What the other rank sent, and the seconds it took; all rows go to the other rank."""
     other = 1 - group.rank()
-    counts = [0, 0]
-    counts[other] = rows.shape[0]
+    sizes = [0, 0]
+    sizes[other] = rows.nbytes
     started = time.perf_counter()
-    received = all_to_all_rows(rows, counts, exchange_row_counts(counts, rows.shape[0], group, rows.device), group)
+    coming = [size for (size,) in exchange_numbers([[size] for size in sizes], group, rows.device)]
+    received = start_all_to_all_bytes(rows.flatten().view(torch.uint8), sizes, coming, group)()[other]
     if rows.is_cuda:
         torch.cuda.synchronize()
-    return received, time.perf_counter() - started
+    return received.view(rows.dtype).view(-1, rows.shape[1]), time.perf_counter() - started
 
 
 def values(rank: int, num_rows: int, device: torch.device) -> Tensor:

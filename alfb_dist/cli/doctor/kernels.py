@@ -39,7 +39,7 @@ def kernel_difference() -> float:
     import torch
     from torch import Tensor
 
-    from alfb_dist.cpu.experts import NativeMLP
+    from alfb_dist import cpu
     from alfb_dist.moe.experts.plain import plain_mlp
 
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +51,8 @@ def kernel_difference() -> float:
         inputs = [t.clone().requires_grad_() for t in (x_RD, weights_RK, gate_up_e2FD, down_eDF)]
         x, weights, gate_up, down = inputs
         if native:
-            out = NativeMLP.apply(x, weights, gate_up, down, ids_RK)
+            out = cpu.expert_mlp(x, ids_RK, weights, gate_up, down)
+            assert out is not None
         else:
             out = plain_mlp(x, ids_RK, weights, gate_up, down, torch.nn.SiLU())
         out.square().sum().backward()
@@ -63,12 +64,11 @@ def kernel_difference() -> float:
 
 def check_kernels(case: Case) -> Iterator[Result]:
     """The compiled kernels of this machine."""
-    from alfb_dist.cpu.build import find_compiler
-    from alfb_dist.cpu.experts import library
+    from alfb_dist import cpu
 
     cuda = uses_cuda()
-    off, compiler = os.environ.get("ALFB_NATIVE") == "0", find_compiler()
-    loaded = not (cuda or off or compiler is None) and library() is not None
+    off, compiler = os.environ.get("ALFB_NATIVE") == "0", cpu.find_compiler()
+    loaded = not (cuda or off or compiler is None) and bool(cpu.has_kernels())
     yield judge_kernels(
         cuda=cuda, off=off, compiler=compiler, loaded=loaded, difference=kernel_difference() if loaded else None
     )

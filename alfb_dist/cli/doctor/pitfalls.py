@@ -165,10 +165,10 @@ def last_step_seconds(config: Config) -> float | None:
 
 def bias_types(path: str) -> dict[str, str]:
     """Return the dtype of each bias of a released model, by name. Only file headers are read."""
+    from alfb_dist.checkpoint.safetensors_reader import SafetensorsReader
     from alfb_dist.pretrained.names import is_bias
-    from alfb_dist.pretrained.source import Source
 
-    stored = Source(sorted(Path(path).glob("*.safetensors"))).tensors if path else {}
+    stored = SafetensorsReader(sorted(Path(path).glob("*.safetensors"))).tensors if path else {}
     return {name: str(t.dtype).removeprefix("torch.") for name, t in stored.items() if is_bias(name)}
 
 

@@ -1,10 +1,27 @@
 // Causal attention on float32 heads, forward and backward: each piece of queries meets only the keys before its end.
 //
-// Products go through the BLAS that is handed in; between them is one pass over each row of scores. Kept for the
-// backward are the probabilities below the diagonal, piece by piece.
-#include "native.h"
+// Products go through the BLAS that the caller passes; between them is one pass over each row of scores. The
+// probabilities below the diagonal are kept for the backward, piece by piece.
+#include "fast_exp.h"
 
-// Of a (batch, heads, length, width) tensor whose rows are contiguous: the steps between batches, heads and positions.
+#ifdef _OPENMP
+#include <omp.h>
+static inline int this_thread(void) { return omp_get_thread_num(); }
+#else
+static inline int this_thread(void) { return 0; }
+#endif
+
+typedef void (*blas_t)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+                       const int *, const float *, const int *, const float *, float *, const int *);
+
+// Row-major c[m, n] = beta c + op(a) op(b), by the column-major BLAS on the transposes.
+static inline void product(blas_t blas, int transpose_a, int transpose_b, int m, int n, int k, const float *a, int lda,
+                    const float *b, int ldb, float beta, float *c, int ldc) {
+    const float one = 1.0f;
+    blas(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &ldc);
+}
+
+// The steps between batches, heads and positions of a (batch, heads, length, width) tensor with contiguous rows.
 typedef struct {
     int64_t batch, head, position;
 } steps_t;
@@ -23,7 +40,7 @@ static int64_t kept_size(const shape_t *s) {
     return total;
 }
 
-// The numbers that `kept` needs for each head of each batch.
+// The number of floats in `kept` for each head of each batch.
 int64_t attention_kept(const shape_t *s) { return kept_size(s); }
 
 static void softmax_row(float *row, int64_t valid, int64_t width, float scale) {
@@ -42,7 +59,7 @@ static void softmax_row(float *row, int64_t valid, int64_t width, float scale) {
     for (int64_t j = valid; j < width; j++) row[j] = 0;
 }
 
-// q, k, v: in. kept (batches heads kept_size), out (as s->out says): out.
+// q, k, v: in. kept (batches heads kept_size), out (strides in s->out): out.
 void attention_forward(blas_t blas, const shape_t *s, const float *scale, const float *q, const float *k,
                        const float *v, float *kept, float *out) {
     int64_t size = kept_size(s), group = s->heads / s->kv_heads;
@@ -65,7 +82,7 @@ void attention_forward(blas_t blas, const shape_t *s, const float *scale, const 
     }
 }
 
-// p becomes the gradient of the scores before scaling, from that of the probabilities.
+// grad: in the gradient of the probabilities p, out that of the scores before scaling.
 static void softmax_row_backward(const float *p, float *grad, int64_t valid, int64_t width, float scale) {
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -75,7 +92,7 @@ static void softmax_row_backward(const float *p, float *grad, int64_t valid, int
     for (int64_t j = valid; j < width; j++) grad[j] = 0;
 }
 
-// grad (as s->out says): in. grad_q, grad_k, grad_v (batches, length, heads, width): out, the last two zeroed before.
+// grad (strides in s->out): in. grad_q, grad_k, grad_v (batches, length, heads, width): out, the last two 0 before.
 // scratch: threads piece length floats.
 void attention_backward(blas_t blas, const shape_t *s, const float *scale, const float *q, const float *k,
                         const float *v, const float *kept, const float *grad, float *grad_q, float *grad_k,

@@ -1,14 +1,16 @@
-// SwiGLU experts on float32 rows, and shared ones: in pieces of rows that stay in cache.
+// Routed and shared SwiGLU experts on float32 rows, in pieces of rows that stay in cache.
 //
-// Products pick their rows and add to those of the result by themselves (gemm.h); SwiGLU and weighting, and their
-// backward, are single passes over a piece. Nothing here keeps state.
+// Products gather their rows and add to those of the result (gemm.h); SwiGLU and weighting, and their backward, are
+// single passes over a piece. Nothing keeps state.
 #include "gemm.h"
 
-#define PARALLEL_FROM 65536  // elements below which starting threads costs more than it saves
-enum { PAD = 16 };           // columns after a left factor's row, or rows of a power of two share too few cache sets
+#include "fast_exp.h"
 
-// The weights of one expert: gate and up (F, D), down (D, F). `together`: so many rows of gate and up in a product, all
-// 2F where up always follows gate. Not where it may by chance: the bits of a result are no matter of addresses.
+#define PARALLEL_FROM 65536  // elements below which starting threads costs more than it saves
+enum { PAD = 16 };           // columns added to a left factor's row: rows of a power of two share too few cache sets
+
+// The weights of one expert: gate and up (F, D), down (D, F). together: the rows of gate and up in one product, 2F if
+// up always follows gate in memory. Where it only may, F: bits must not depend on addresses.
 typedef struct {
     int64_t D, F, together;
     const float *gate, *up, *down;
@@ -34,7 +36,7 @@ static void swiglu(int64_t n, int64_t F, const float *gate_up, const float *weig
     }
 }
 
-// grad_h: gradient of the unweighted h. h becomes the weighted one; grad_weight is grad_h . h.
+// grad_h: the gradient of the unweighted h. h: out, weighted. grad_weight: out, grad_h . h.
 static void swiglu_backward(int64_t n, int64_t F, const float *gate_up, const float *weight, const float *grad_h,
                             float *h, float *grad_gate_up, float *grad_weight) {
 #pragma omp parallel for if (n * F >= PARALLEL_FROM)
@@ -65,8 +67,8 @@ static void forward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight,
     multiply(n, D, F, (matrix_t){h, F + PAD}, (matrix_t){mlp.down, F, NULL, TRANSPOSED}, out);
 }
 
-// With grad, the output's, and what the forward kept. grad_gate_up (2F, D), grad_down (D, F): out, or added to.
-// grad_weight: (n), if there is a weight. scratch: n (4 F + PAD) floats. Gradients that are NULL are not wanted.
+// grad: the output's gradient; kept: from the forward. grad_gate_up (2F, D), grad_down (D, F): out, or added to.
+// grad_weight: (n), if there is a weight. scratch: n (4 F + PAD) floats. Gradients that are NULL are not computed.
 static void backward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight, const float *kept, matrix_t grad,
                            result_t grad_x, float *grad_weight, float *grad_gate_up, float *grad_down, int add,
                            float *scratch) {
@@ -83,7 +85,7 @@ static void backward_piece(int64_t n, mlp_t mlp, matrix_t x, const float *weight
         multiply(n, D, step, (matrix_t){grad_kept + done, wide}, (matrix_t){done ? mlp.up : mlp.gate, D}, grad_x);
 }
 
-// Rows and weights of the next n slots.
+// The rows and weights of the next n slots.
 static void look_up(int64_t n, int64_t top_k, const int32_t *slot, const float *weight, int32_t *row, float *w) {
     for (int64_t i = 0; i < n; i++) {
         row[i] = slot[i] / top_k;
@@ -91,8 +93,8 @@ static void look_up(int64_t n, int64_t top_k, const int32_t *slot, const float *
     }
 }
 
-// Slots sorted by expert, stable, in `slot`; ids of `experts` are left out. sizes: of each expert, and room for one
-// more. How many slots there are in all, or -1 if an id is none of these.
+// slot: out, the slots in a stable order by expert, without those of id `experts`. sizes: out, the slots per expert,
+// with room for one more. Returns the number of slots in order, or -1 if an id is out of range.
 int64_t sort_slots(int64_t slots, int64_t experts, const int64_t *ids, int64_t *sizes, int32_t *slot) {
     int64_t next[experts + 1], start = 0;
     memset(sizes, 0, sizeof(int64_t) * (experts + 1));
@@ -125,8 +127,8 @@ void forward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F,
     }
 }
 
-// As forward, with grad (R, D) in; grad_x (R, D), grad_weight (R K), grad_gate_up, grad_down: out, all but grad_weight
-// unless NULL.
+// As forward, with grad (R, D): in. grad_x (R, D), grad_weight (R K), grad_gate_up, grad_down: out; all but grad_weight
+// may be NULL.
 // scratch: piece (D + 4 F + 2 PAD + 3) floats.
 void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F, int64_t piece, const int64_t *sizes,
               const int32_t *slot, const float *weight, const float *x, const float *gate_up, const float *down,
@@ -156,19 +158,19 @@ void backward(int64_t rows, int64_t experts, int64_t top_k, int64_t D, int64_t F
     }
 }
 
-// Shared experts, which take all rows in turn. x (R, D), gate and up (F, D), down (D, F): in. kept (R, 2F), out (R, D):
-// out. scratch: piece (F + PAD) floats.
+// Shared experts, which compute all rows. x (R, D), gate and up (F, D), down (D, F): in. kept (R, 2F), out (R, D): out.
+// scratch: piece (F + PAD) floats.
 void shared_forward(int64_t rows, int64_t D, int64_t F, int64_t piece, const float *x, const float *gate,
                     const float *up, const float *down, float *kept, float *out, float *scratch) {
     for (int64_t done = 0, n; done < rows; done += n) {
         n = rows - done < piece ? rows - done : piece;
-        forward_piece(n, (mlp_t){D, F, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F, scratch,
-                      (result_t){out + done * D, D});
+        forward_piece(n, (mlp_t){D, F, F, gate, up, down}, (matrix_t){x + done * D, D}, NULL, kept + done * 2 * F,
+                      scratch, (result_t){out + done * D, D});
     }
 }
 
-// As shared_forward, with grad (R, D) in; grad_x (R, D), grad_gate_up (2F, D), grad_down: out, unless NULL. Without
-// rows the weights' are zeros.
+// As shared_forward, with grad (R, D): in. grad_x (R, D), grad_gate_up (2F, D), grad_down: out; any may be NULL. The
+// weights' are zeros if there are no rows.
 // scratch: piece (4 F + PAD) floats.
 void shared_backward(int64_t rows, int64_t D, int64_t F, int64_t piece, const float *x, const float *gate,
                      const float *up, const float *down, const float *kept, const float *grad, float *grad_x,
@@ -183,7 +185,7 @@ void shared_backward(int64_t rows, int64_t D, int64_t F, int64_t piece, const fl
     } while (done < rows);
 }
 
-// Of y = x weight^T with x (R, D), weight (E, D): from grad (R, E) to grad_x and grad_weight, unless NULL.
+// The backward of y = x weight^T. x (R, D), weight (E, D), grad (R, E): in. grad_x, grad_weight: out; each may be NULL.
 void linear_backward(int64_t rows, int64_t E, int64_t D, const float *x, const float *weight, const float *grad,
                      float *grad_x, float *grad_weight) {
     if (grad_x) multiply(rows, D, E, (matrix_t){grad, E}, (matrix_t){weight, D}, (result_t){grad_x, D});

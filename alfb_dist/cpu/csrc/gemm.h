@@ -1,10 +1,17 @@
-// Products of float32 matrices in tiles that stay in registers. Rows are picked by an index on the way in and added to
-// by one on the way out, which spares the passes that a library's product needs around it.
+// Products of float32 matrices in tiles that stay in registers. An index may pick the rows that are read, and another
+// the rows of the result that are added to, which spares the passes that a library's product needs before and after.
 //
-// A row of the result depends on its own row of a and on b alone: not on how many rows there are, nor on their order.
-#include "native.h"
+// A row of the result depends on its own row of a and on b alone, not on the number of rows or their order.
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+static inline int max_threads(void) { return omp_get_max_threads(); }
+#else
+static inline int max_threads(void) { return 1; }
+#endif
 
-// A tile's sums fill the registers. INTERLEAVED takes halves of two vectors in turn.
+// The sums of a tile fill the registers. INTERLEAVED alternates the halves of two vectors.
 #ifdef __AVX512F__
 enum { LANES = 16, VECTORS = 4 };
 #define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
@@ -20,26 +27,26 @@ enum { LANES = 8, VECTORS = 2 };
 #define INTERLEAVED(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #endif
 enum { ROWS = 6, WIDTH = LANES * VECTORS };  // of a tile
-enum { COLUMNS = 64, DEPTH = 512, DEPTH_DOWN = 320 };  // of b at a time; the last where each step is another row of a
+enum { COLUMNS = 64, DEPTH = 512, DEPTH_DOWN = 320 };  // of b at a time; DEPTH_DOWN where a is transposed
 enum { TRANSPOSED = 1, ADD = 1 };
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
-// In memory row by row; with an index, its i-th row is row index[i] there.
+// Stored row by row; with an index, row i of the matrix is stored row index[i].
 typedef struct {
     const float *data;
     int64_t width;
     const int32_t *index;
-    int transposed;  // what is in memory is the transpose; then there is no index
+    int transposed;  // the transpose is stored, without an index
 } matrix_t;
 
 typedef struct {
     float *data;
     int64_t width;
     const int32_t *index;
-    int add;  // to what is there
+    int add;  // to the values there
 } result_t;
 
 typedef struct {
@@ -50,7 +57,7 @@ typedef struct {
 
 static inline int64_t at(const int32_t *index, int64_t i) { return index ? index[i] : i; }
 
-// A whole tile of c: `rows` and `vectors` are constants wherever this is inlined.
+// One tile of c. Inlined everywhere with constant `rows` and `vectors`.
 static inline __attribute__((always_inline)) void tile(int rows, int vectors, int64_t depth, const float *const *a,
                                                        int64_t a_column, const float *b, float *const *c, int add) {
     vector sum[ROWS][VECTORS];
@@ -85,11 +92,11 @@ static void any_tile(int rows, int vectors, int64_t depth, const float *const *a
     }
 }
 
-// LANES rows of LANES numbers, `row` apart, become columns of a packed panel.
+// Transpose LANES rows of LANES numbers, `row` apart, into a packed panel.
 static inline void transpose(const float *from, int64_t row, float *to) {
     vector x[LANES], y[LANES];
     for (int i = 0; i < LANES; i++) x[i] = *(const anywhere *)(from + i * row);
-    for (int done = 1; done < LANES; done *= 2) {  // interleaving the two halves log2(LANES) times transposes
+    for (int done = 1; done < LANES; done *= 2) {  // log2(LANES) interleavings of the two halves transpose
         for (int i = 0; i < LANES / 2; i++) {
             y[2 * i] = INTERLEAVED(x[i], x[i + LANES / 2], FIRST_HALVES);
             y[2 * i + 1] = INTERLEAVED(x[i], x[i + LANES / 2], SECOND_HALVES);
@@ -99,10 +106,10 @@ static inline void transpose(const float *from, int64_t row, float *to) {
     for (int i = 0; i < LANES; i++) *(vector *)(to + i * WIDTH) = x[i];
 }
 
-// Where column i of a packed panel begins; its next row is WIDTH further.
+// The start of column i in a packed panel; the next row is WIDTH further.
 static inline int64_t place(int64_t i, int64_t depth) { return i / WIDTH * WIDTH * depth + i % WIDTH; }
 
-// b[k .. k + depth, j .. j + columns], one tile's columns after the other's, with zeros up to a whole vector.
+// Copy b[k .. k + depth, j .. j + columns] tile by tile, with zeros up to a whole vector.
 static void pack(matrix_t b, int64_t k, int64_t depth, int64_t j, int64_t columns, float *to) {
     int64_t whole = columns / LANES * LANES, whole_depth = b.transposed ? depth / LANES * LANES : depth;
     int64_t row = b.transposed ? 1 : b.width, column = b.transposed ? b.width : 1;
@@ -126,7 +133,7 @@ static void pack(matrix_t b, int64_t k, int64_t depth, int64_t j, int64_t column
             to[place(i, depth) + q * WIDTH] = i < columns ? b.data[at(b.index, k + q) * row + (j + i) * column] : 0;
 }
 
-// c[start .. stop, j .. j + COLUMNS] from depth of k.
+// Rows start .. stop and columns j .. j + COLUMNS of c, from k .. k + depth of the sum.
 static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j, int64_t start, int64_t stop) {
     float b[DEPTH * COLUMNS] __attribute__((aligned(4 * LANES))), part[ROWS * WIDTH];
     int64_t a_row = p->a.transposed ? 1 : p->a.width, a_column = p->a.transposed ? p->a.width : 1, rows;
@@ -154,14 +161,14 @@ static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j, int64
     }
 }
 
-// Into how many parts of its rows each panel is cut, so that there is work for all threads. A row that an index names
-// twice must stay with one of them.
+// The number of parts that the rows of each panel are cut into, so that all threads have work: one with an index, which
+// may name a row twice.
 static int64_t cuts(int64_t m, int64_t panels, const int32_t *index) {
     int64_t wanted = (max_threads() + panels - 1) / panels, most = m / (8 * ROWS);
     return index || most < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-// c[m, n] = a[m, k] b[k, n], by parts of k of nearly the same depth
+// c[m, n] = a[m, k] b[k, n], in parts of k of nearly equal depth.
 static void multiply(int64_t m, int64_t n, int64_t k, matrix_t a, matrix_t b, result_t c) {
     product_t p = {m, n, k, a, b, c};
     int64_t most = a.transposed ? DEPTH_DOWN : DEPTH, parts = k > most ? (k + most - 1) / most : 1;

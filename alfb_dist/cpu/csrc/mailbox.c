@@ -1,4 +1,4 @@
-// Numbers from each process of a group to each other, through memory that they share.
+// Numbers from each process of a group to each other, through shared memory.
 #define _GNU_SOURCE
 #include <limits.h>
 #include <linux/futex.h>
@@ -8,7 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
-// A cache line. The turn is written after the numbers, and read before them.
+// A cache line. The turn is written after the numbers and read before them.
 typedef struct {
     uint32_t turn, unused;
     int64_t numbers[7];
@@ -28,15 +28,16 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-void post(slot_t *slot, const int64_t *numbers, int64_t width, int64_t turn) {
+// Write the numbers of a turn and wake those who wait for them.
+void post(int64_t width, int64_t turn, slot_t *slot, const int64_t *numbers) {
     for (int64_t i = 0; i < width; i++) slot->numbers[i] = numbers[i];
     __atomic_store_n(&slot->turn, (uint32_t)turn, __ATOMIC_SEQ_CST);
     syscall(SYS_futex, &slot->turn, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-// 1 once the turn has come, with its numbers; 0 if it has not after `wait` nanoseconds. For `spin` of them the processor
-// is kept, though whoever else needs it gets it; then this thread sleeps.
-int64_t collect(slot_t *slot, int64_t *numbers, int64_t width, int64_t turn, int64_t spin, int64_t wait) {
+// Returns 1 with the numbers of the turn, or 0 if they are not there after `wait` nanoseconds. For the first `spin` of
+// them this thread only yields the processor, then it sleeps.
+int64_t collect(int64_t width, int64_t turn, int64_t spin, int64_t wait, slot_t *slot, int64_t *numbers) {
     int64_t start = nanoseconds();
     for (;;) {
         uint32_t seen = 0;

@@ -1,1 +1,1 @@
-"""`alfb launch`: one command for every launcher, which owns the signals, the exit code and the restarts."""
+"""`alfb launch`: one command for every launcher, responsible for signals, exit code and restarts."""

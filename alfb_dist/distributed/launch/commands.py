@@ -1,4 +1,4 @@
-"""The exact command of each launcher. All start `alfb train` with the same arguments, once a rank."""
+"""The command line of each launcher. All start `alfb train` with the same arguments, once for each rank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from alfb_dist.distributed.network import interface_of, own_address
 class Launch:
     """Where ranks are started, and by which launcher.
 
-    hosts: ranks of each host of the hostfile; empty for this host alone. ranks: of all hosts; None where only the
-    launcher's environment tells. nodes, node_rank: for torchrun, which is started on each host. launch_host: by which
-    name or address ranks reach this process.
+    hosts: number of ranks of each host in the hostfile; empty for this host alone. ranks: on all hosts; None where only
+    the launcher's environment has it. nodes, node_rank: for torchrun, which is started on each host. launch_host: name
+    or address by which ranks reach this process.
     """
 
     launcher: str
@@ -36,19 +36,19 @@ class Launch:
 
     @property
     def local_ranks(self) -> int | None:
-        """The ranks that this command starts."""
+        """The number of ranks that this command starts, None if unknown."""
         return None if self.ranks is None else self.ranks // self.nodes
 
 
-def command(launch: Launch, settings: list[str]) -> list[str]:
-    """The launcher's command line for `alfb train` with these words. ConfigError if it is not installed."""
-    return [*LAUNCHERS[launch.launcher](launch), "train", *settings]
+def command(launch: Launch, arguments: list[str]) -> list[str]:
+    """Return the launcher's command line for `alfb train`. Raises ConfigError if it is not installed."""
+    return [*LAUNCHERS[launch.launcher](launch), "train", *arguments]
 
 
 def executable(name: str, advice: str) -> str:
-    """The path of a command, first where this Python's own are. ConfigError with the advice if there is none."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+    """Return the path of a command, next to this Python or on PATH. Raises ConfigError with the advice without one."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
     if not found:
         raise ConfigError(f"{name} is not installed: {advice}")
     return found
@@ -59,7 +59,8 @@ def _deepspeed(launch: Launch) -> list[str]:
     if launch.hosts:
         kind = "openmpi" if launch.launcher == "openmpi" else "pdsh"
         executable(
-            "ompi_info" if kind == "openmpi" else "pdsh", "it starts ranks on other hosts; or take --with mpirun"
+            "ompi_info" if kind == "openmpi" else "pdsh",
+            "it starts ranks on other hosts; install it or use --with mpirun",
         )
         words += ["--hostfile", str(launch.hostfile), "--launcher", kind, "--force_multi", "--no_ssh_check"]
         words += ["--master_addr", launch.master_addr]
@@ -67,28 +68,28 @@ def _deepspeed(launch: Launch) -> list[str]:
         words += ["--num_accelerators", str(launch.ranks)]
     arguments = list(launch.launcher_args)
     if launch.launcher == "openmpi":
-        # DeepSpeed would name eth0, wherever that leads, and has a btl of its own.
+        # DeepSpeed would take eth0, whichever network that is on, and sets btl itself.
         interface = interface_of(own_address(launch.master_addr))
-        ours = {"coll": "^han", **({"btl_tcp_if_include": interface} if interface else {})}
-        arguments += [*_mpi_options(), *_unless_given(ours, launch.launcher_args)]
+        parameters = {"coll": "^han", **({"btl_tcp_if_include": interface} if interface else {})}
+        arguments += [*_mpi_options(), *_unless_given(parameters, launch.launcher_args)]
     words += ["--launcher_args", " ".join(arguments)] if arguments else []
     return [*words, "--master_port", str(launch.master_port), "--no_local_rank", "--module", "alfb_dist.cli"]
 
 
 def _mpi_options() -> list[str]:
     as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    return [*as_root, "--bind-to", "none"]  # bound to a core each, ranks could not share the host's evenly
+    return [*as_root, "--bind-to", "none"]  # bound to one core each, ranks could not share the host's cores evenly
 
 
 _MPI_OVER_HOSTS = {"btl": "self,tcp", "coll": "^han"}
-"""MPI only lets ranks find each other. Among hosts of one name Open MPI would share memory, and crash."""
+"""MPI only lets ranks find each other. Between hosts of the same name Open MPI would use shared memory, and crash."""
 
-_MPI_NOTICES = {"oob_tcp_keepalive_time": "5", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
-"""A host that is cut off ends its daemon within seconds, not minutes."""
+_MPI_KEEPALIVE = {"oob_tcp_keepalive_time": "5", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "5"}
+"""The daemon of a host that is cut off ends within seconds, not minutes."""
 
 
 def _unless_given(parameters: dict[str, str], arguments: tuple[str, ...], option: str = "--mca") -> list[str]:
-    """The words that set these parameters of Open MPI, without those that a user has set."""
+    """Return the words that set these parameters of Open MPI, except those that the user has set."""
     return [word for name, value in parameters.items() if name not in arguments for word in (option, name, value)]
 
 
@@ -96,7 +97,7 @@ def _mpirun(launch: Launch) -> list[str]:
     words = [executable("mpirun", "pip install 'alfb_dist[mpi]'"), *_mpi_options(), "-n", str(launch.ranks)]
     if launch.hosts:
         words += ["--hostfile", str(launch.hostfile), *_unless_given(_MPI_OVER_HOSTS, launch.launcher_args)]
-        words += _unless_given(_MPI_NOTICES, launch.launcher_args, "--prtemca")
+        words += _unless_given(_MPI_KEEPALIVE, launch.launcher_args, "--prtemca")
         for name, value in variables_for_ranks(launch.master_addr).items():
             words += ["-x", name if os.environ.get(name) == value else f"{name}={value}"]
     else:
@@ -106,7 +107,7 @@ def _mpirun(launch: Launch) -> list[str]:
 
 def _torchrun(launch: Launch) -> list[str]:
     words = [executable("torchrun", "pip install torch")]
-    if launch.ranks is not None:  # else torchrun reads PET_NNODES and the like
+    if launch.ranks is not None:  # else torchrun reads PET_NNODES and others
         words += ["--nnodes", str(launch.nodes), "--node-rank", str(launch.node_rank)]
         words += ["--nproc-per-node", str(launch.local_ranks)]
         words += ["--master-addr", launch.master_addr, "--master-port", str(launch.master_port)]
@@ -114,7 +115,7 @@ def _torchrun(launch: Launch) -> list[str]:
 
 
 def _srun(launch: Launch) -> list[str]:
-    words = [executable("srun", "--with srun works inside a Slurm allocation"), "--ntasks", str(launch.ranks)]
+    words = [executable("srun", "use --with srun inside a Slurm allocation"), "--ntasks", str(launch.ranks)]
     return [*words, "--kill-on-bad-exit=1", *launch.launcher_args, sys.executable, "-m", "alfb_dist.cli"]
 
 

@@ -1,4 +1,4 @@
-"""Requests to stop a run: noted when they come, acted on between steps, agreed by all ranks."""
+"""Requests to stop a run: recorded when they arrive, acted on between steps by all ranks together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ DONE, FAILED, PREEMPTED, BAD_CONFIG = 0, 1, 75, 78  # exit codes of a run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE_SECONDS = 3.0
-"""An INT that follows another sooner is the same request: Ctrl-C reaches a rank directly and through its launcher."""
+"""An INT sooner after another is the same request: Ctrl-C reaches a rank directly and through its launcher."""
 
 
 class StopSignals:
-    """Within the context, TERM, INT and USR1 set `asked`; an INT again, some seconds later, interrupts at once.
+    """Context in which TERM, INT and USR1 set `requested`; another INT, some seconds later, interrupts at once.
 
-    before_start: called instead, from any thread, for a request that comes before `start`, while there is nothing to
-        save; it ends the process. Python would not get to it while the main thread waits for other ranks.
+    before_start: called instead, from any thread, for a request before `start`, while there is nothing to save; it ends
+        the process. A Python signal handler would not run while the main thread waits for other ranks.
     """
 
     def __init__(self, before_start: Callable[[], object] | None = None) -> None:
-        self.asked = False
+        self.requested = False
         self._before_start = before_start
         self._interrupted_at: float | None = None
         self._handlers: dict[int, object] = {}
@@ -37,8 +37,8 @@ class StopSignals:
         return self
 
     def install(self) -> None:
-        """The signals come here from now on; for the rest of the process, outside a context."""
-        self._handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        """Handle the signals from now on; outside a context, for the rest of the process."""
+        self._handlers = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
         if self._before_start is not None:
             read, self._wakeup = socket.socketpair()
             self._wakeup.setblocking(False)
@@ -53,16 +53,16 @@ class StopSignals:
             signal.signal(s, handler)  # type: ignore[arg-type]
 
     def start(self) -> None:
-        """From now on there is something to save."""
+        """Declare that from now on there is something to save."""
         self._before_start = None
 
     def request(self) -> None:
-        """The run is asked to stop; from any thread."""
+        """Ask the run to stop; from any thread."""
         if (end := self._before_start) is not None:
             end()
-        self.asked = True
+        self.requested = True
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self._interrupted_at is not None:
             if now - self._interrupted_at > PATIENCE_SECONDS:

@@ -1,4 +1,4 @@
-"""A launcher's command is run and watched: signals become a save, the exit code is the ranks', nothing stays behind."""
+"""Run a launcher's command and watch it: signals become a save, the exit code is the ranks', no process is left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import psutil
 
-from alfb_dist.distributed.launch.control_channel import Lines
+from alfb_dist.distributed.launch.control_channel import ControlServer
 from alfb_dist.distributed.launch.signals import BAD_CONFIG, DONE, FAILED, PREEMPTED, StopSignals
 
 GRACE_SECONDS = 10.0
@@ -24,126 +24,135 @@ _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of our children become our ch
 
 def supervise(
     command: Callable[[str, bool], tuple[list[str], dict[str, str]]],
-    open_lines: Callable[[], Lines],
+    open_channel: Callable[[], ControlServer],
     *,
     ranks: int | None,
     max_restarts: int = 0,
 ) -> int:
-    """The run's exit code, after as many restarts as needed and allowed.
+    """Run a launcher's command until the run is done, and return the run's exit code.
 
-    command: the words and the environment of the launcher's command, given the lifeline's address and whether to
-    resume. ranks: how many this command starts, where known. A run that was stopped or whose configuration is bad is
-    not restarted; one that crashed goes on from its newest good save.
+    A run that crashed is restarted from its newest good save, at most max_restarts times. One that was stopped or whose
+    configuration is bad is not restarted.
+
+    command: returns the launcher's command line and environment, given the control channel's address and whether to
+        resume. ranks: the number of ranks that it starts, where known.
     """
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     resume = False
     with StopSignals() as signals:
         for restart in range(max_restarts + 1):
-            lines = open_lines()
+            channel = open_channel()
             try:
-                code = _attempt(command(lines.address, resume), lines, signals, ranks)
+                code = _attempt(command(channel.address, resume), channel, signals, ranks)
             except KeyboardInterrupt:
-                say("interrupted twice: the ranks are killed, without a save")
+                notify("interrupted twice: the ranks are killed, without a save")
                 _kill()
                 return 128 + signal.SIGINT
             finally:
-                lines.close()
-            resume = resume or lines.folder is not None
+                channel.close()
+            resume = resume or channel.folder is not None
             if code in (DONE, PREEMPTED, BAD_CONFIG):
                 return code
-            say(_what_happened(lines, code))
-            if signals.asked or restart == max_restarts:
+            notify(_describe_failure(channel, code))
+            if signals.requested or restart == max_restarts:
                 break
-            way = "from the newest good save" if resume else "from the start, since it had not begun"
-            say(f"restart {restart + 1} of {max_restarts}: the run goes on {way}")
-    if max_restarts and not signals.asked:
-        say(f"gave up after {max_restarts} restart(s), exit code {code}; --set run.resume=true goes on by hand")
+            origin = "from the newest good save" if resume else "from the start, since it had not begun"
+            notify(f"restart {restart + 1} of {max_restarts}: the run continues {origin}")
+    if max_restarts and not signals.requested:
+        notify(f"gave up after {max_restarts} restart(s), exit code {code}; --set run.resume=true continues it by hand")
     return code
 
 
-def say(words: str) -> None:
-    """The words stand on stderr."""
-    print(f"alfb launch: {words}", file=sys.stderr, flush=True)
+def notify(message: str) -> None:
+    """Print the message on stderr."""
+    print(f"alfb launch: {message}", file=sys.stderr, flush=True)
 
 
-def _attempt(started: tuple[list[str], dict[str, str]], lines: Lines, signals: StopSignals, ranks: int | None) -> int:
-    """The launcher's command and every process it started have ended: the exit code of the run.
+def _attempt(
+    command: tuple[list[str], dict[str, str]], channel: ControlServer, signals: StopSignals, ranks: int | None
+) -> int:
+    """Run the launcher's command until it and every process that it started have ended; return the run's exit code.
 
-    The command has a session of its own, so that a signal to our group, such as Ctrl-C, comes to us alone: launchers
-    give ranks half a minute and then kill them, which is too short for a large save.
+    The command has a session of its own, so that a signal to our group, such as Ctrl-C, reaches only us: launchers
+    kill ranks half a minute after a signal, which is too short for a large save.
     """
-    words, environment = started
+    words, environment = command
     launcher = subprocess.Popen(words, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
     idle_since: float | None = None
     given_up = False
     while True:
-        lines.serve(0.1)
-        if signals.asked and not lines.stopping:
-            say("asked to stop: the ranks save and leave")
-            lines.stop()
-        ended, left = launcher.poll() is not None, _descendants(launcher.pid)
+        channel.serve(0.1)
+        if signals.requested and not channel.stopping:
+            notify("asked to stop: the ranks save and exit")
+            channel.stop()
+        ended, running = launcher.poll() is not None, _descendants(launcher.pid)
         if ended:
-            if lines.connected and not lines.codes and not lines.lost and not lines.stopping:
-                say("the launcher is gone: the ranks save and leave")
-            lines.stop()
-            if not left and not lines.connected:
+            if channel.connected and not channel.codes and not channel.lost and not channel.stopping:
+                notify("the launcher has ended: the ranks save and exit")
+            channel.stop()
+            if not running and not channel.connected:
                 break
-        if lines.connected or not (ended or lines.codes or lines.lost):
+        if channel.connected or not (ended or channel.codes or channel.lost):
             idle_since = None
         elif idle_since is None:
             idle_since = time.monotonic()
         elif time.monotonic() - idle_since > GRACE_SECONDS:
             given_up = True
             _kill()
-    knows = not given_up and launcher.returncode != _SSH_FAILED
-    return _verdict(launcher.returncode, lines, ranks, stopped=signals.asked, launcher_knows=knows)
+    reliable = not given_up and launcher.returncode != _SSH_FAILED
+    return _exit_code(launcher.returncode, channel, ranks, stopped=signals.requested, launcher_reliable=reliable)
 
 
-def _verdict(launcher_code: int, lines: Lines, ranks: int | None, *, stopped: bool, launcher_knows: bool) -> int:
-    """launcher_knows: its code is about ranks, not about its own end, as where ssh waits for a host that is cut off."""
-    told = set(lines.codes.values())
-    if BAD_CONFIG in told:
+def _exit_code(
+    launcher_code: int, channel: ControlServer, ranks: int | None, *, stopped: bool, launcher_reliable: bool
+) -> int:
+    """Return the run's exit code, from the codes of the ranks and of the launcher.
+
+    launcher_reliable: False if its code says nothing about ranks, since ssh failed or it had to be killed.
+    """
+    codes = set(channel.codes.values())
+    if BAD_CONFIG in codes:
         return BAD_CONFIG
-    if FAILED in told and not launcher_knows:
+    if FAILED in codes and not launcher_reliable:
         return FAILED
-    if len(told) == 1 and not lines.lost and len(lines.codes) >= (ranks or 1):
-        return told.pop()
-    if stopped and not told and not lines.lost:
+    if len(codes) == 1 and not channel.lost and len(channel.codes) >= (ranks or 1):
+        return codes.pop()
+    if stopped and not codes and not channel.lost:
         return PREEMPTED  # before any rank had begun
     return shell_code(launcher_code) or 1
 
 
 def shell_code(code: int) -> int:
-    """128 + n for a process that signal n killed, however its launcher puts that; else the code itself."""
+    """Return 128 + n for a process that signal n killed, whichever way its launcher reports that; else the code."""
     if code < 0:
         return 128 - code
     return 128 + 256 - code if code > 192 else code  # the deepspeed launcher exits with -n
 
 
-def _what_happened(lines: Lines, code: int) -> str:
-    words = f"the run failed with exit code {code}"
-    if lines.lost:
-        rank, place = next(iter(lines.lost.items()))
-        words += f"; rank {rank} ({place}) was the first to be lost"
-    return words
+def _describe_failure(channel: ControlServer, code: int) -> str:
+    message = f"the run failed with exit code {code}"
+    if channel.lost:
+        rank, place = next(iter(channel.lost.items()))
+        message += f"; rank {rank} ({place}) was the first to be lost"
+    return message
 
 
 def _descendants(launcher: int) -> list[psutil.Process]:
-    """The processes below this one that still run; the dead ones among our own children are taken away."""
-    left = []
+    """Return the processes below this one that still run, and reap those of our children that have ended."""
+    running = []
     for process in psutil.Process().children(recursive=True):
         try:
             if process.status() != psutil.STATUS_ZOMBIE:
-                left.append(process)
+                running.append(process)
             elif process.pid != launcher and process.ppid() == os.getpid():
                 os.waitpid(process.pid, os.WNOHANG)
         except (psutil.NoSuchProcess, ChildProcessError):
             continue
-    return left
+    return running
 
 
 def _kill() -> None:
-    """No process below this one runs any more."""
+    """Kill every process below this one."""
     for process in psutil.Process().children(recursive=True):
         try:
             process.kill()

@@ -1,7 +1,7 @@
-"""What the experts of one rank make of its rows: for each row, the weighted sum over its slots of SwiGLU experts.
+"""The experts' compute on one rank: for each row, the weighted sum of SwiGLU experts over its slots.
 
-`expert_mlp` takes the fastest way there is for its arguments; `expert_mlp_reference` is the slow, obvious one that
-tests compare each with. Rows come in any order; a slot with id e (one past the last local expert) is empty.
+`expert_mlp` takes the fastest form for its arguments; `expert_mlp_reference` is the slow, obvious one that tests
+compare each with. Rows come in any order; a slot with id e (one past the last local expert) is empty.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import logging
 
 from torch import Tensor
 
-from alfb_dist.cpu.experts import NativeMLP, supported
+from alfb_dist import cpu
 from alfb_dist.moe.experts import grouped
 from alfb_dist.moe.experts.plain import plain_mlp
-from alfb_dist.moe.experts.reference import Activation, expert_mlp_reference
+from alfb_dist.moe.experts.reference import Activation, expert_mlp_reference, is_silu
 
 __all__ = ["Activation", "expert_mlp", "expert_mlp_reference"]
 
@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def _tell(implementation: str) -> None:
-    """Logged at the first use of each, once."""
-    log.info("the experts' compute: %s", implementation)
+def _log_once(form: str) -> None:
+    log.info("the experts' compute: %s", form)
 
 
 def expert_mlp(
@@ -37,18 +36,20 @@ def expert_mlp(
     *,
     num_places: int | None = None,
 ) -> Tensor:
-    """For each row, the sum over its slots of weight * down(act(gate(x)) * up(x)): (R, D), in x's dtype.
+    """Return for each row the sum over its slots of weight * down(act(gate(x)) * up(x)): (R, D), in x's dtype.
 
     expert_ids_RK: int64 in [0, e]; e marks an empty slot. weights_RK: at least float32. Sums over slots and the
     gradient of x are at least float32. Differentiable; an expert without rows gets zero gradients, not None.
-    num_places: at least the number of filled slots, where the caller knows it: an accelerator then keeps room for so
-    many rather than for all R * K.
+    num_places: at least the number of filled slots, if the caller knows it: an accelerator then allocates that many
+    places rather than R * K.
     """
-    if supported(x_RD, weights_RK, gate_up_e2FD, down_eDF, act):
-        _tell("compiled")
-        return NativeMLP.apply(x_RD, weights_RK, gate_up_e2FD, down_eDF, expert_ids_RK)
+    out_RD = cpu.expert_mlp(x_RD, expert_ids_RK, weights_RK, gate_up_e2FD, down_eDF) if is_silu(act) else None
+    if out_RD is not None:
+        _log_once("compiled")
+        return out_RD
     if grouped.supported(x_RD, weights_RK, gate_up_e2FD, down_eDF, act):
-        _tell(f"grouped products with {grouped.kernels(x_RD.device.type).__name__.rpartition('.')[2]} between them")
+        kernels = grouped.kernels(x_RD.device.type).__name__.rpartition(".")[2]
+        _log_once(f"grouped products with {kernels} between them")
         return grouped.GroupedMLP.apply(x_RD, weights_RK, gate_up_e2FD, down_eDF, expert_ids_RK, num_places)
-    _tell("plain torch, expert by expert")
+    _log_once("plain torch, expert by expert")
     return plain_mlp(x_RD, expert_ids_RK, weights_RK, gate_up_e2FD, down_eDF, act)

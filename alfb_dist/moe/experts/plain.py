@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alfb_dist.moe.experts.reference import Activation
+from alfb_dist.moe.experts.reference import Activation, is_silu
 
 
 def _act_backward(act: Activation, gate_SF: Tensor, up_SF: Tensor, grad_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, dL/dgate, dL/dup) of h = act(gate) * up."""
-    if type(act).__name__ in ("SiLU", "SiLUActivation"):  # torch's and transformers' modules
+    """Return (h, dL/dgate, dL/dup) for h = act(gate) * up."""
+    if is_silu(act):
         a_SF = torch.nn.functional.silu(gate_SF)
         return a_SF * up_SF, torch.ops.aten.silu_backward(grad_SF * up_SF, gate_SF), grad_SF * a_SF
     with torch.enable_grad():
@@ -25,8 +25,8 @@ def _act_backward(act: Activation, gate_SF: Tensor, up_SF: Tensor, grad_SF: Tens
 class _PlainMLP(torch.autograd.Function):
     """Expert by expert: gather, product, activation, product, weight, scatter.
 
-    Only the first product is kept for the backward; the gathered rows and the activation are cheaper to redo than to
-    keep. The second product is never needed again: dL/dweight = (dy W_down) . h.
+    Only the first product is kept for the backward; the gathered rows and the activation are cheaper to recompute. The
+    second product is not needed there: dL/dweight = (dy W_down) . h.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class _PlainMLP(torch.autograd.Function):
                 gate_up_s2F = x_sD @ gate_up_e2FD[expert].T
             gate_sF, up_sF = gate_up_s2F.chunk(2, dim=-1)
             h_sF = act(gate_sF) * up_sF
-            # The weight goes into the narrower of the two sides of the second product.
+            # The weight scales the narrower factor of the second product.
             y_sD = (h_sF * weight_S[part, None].to(h_sF.dtype)) @ down_eDF[expert].T
             out_RD.index_add_(0, row_s, y_sD.to(out_RD.dtype))
         ctx.save_for_backward(x_RD, weight_S, gate_up_e2FD, down_eDF, row_S, gate_up_S2F)
@@ -91,7 +91,7 @@ class _PlainMLP(torch.autograd.Function):
 def plain_mlp(
     x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, act: Activation
 ) -> Tensor:
-    """See `expert_mlp`."""
+    """Return what `expert_mlp` returns."""
     num_experts, top_k = gate_up_e2FD.shape[0], expert_ids_RK.shape[1]
     flat_ids = expert_ids_RK.flatten()
     sizes_e: list[int] = torch.bincount(flat_ids, minlength=num_experts + 1)[:num_experts].tolist()

@@ -1,7 +1,7 @@
-"""What lies between the grouped products, in plain torch: for devices without Triton, and as what its kernels equal.
+"""The computations between the grouped products, in plain torch: for devices without Triton, and to test its kernels.
 
-Arithmetic is in float32 (float64 for float64), rounded once as a result is written. Places that are not in use hold
-anything and are never read.
+Arithmetic is in float32 (float64 for float64) and rounded once, when a result is written. Unused places hold anything
+and are never read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def gather_rows(x_RD: Tensor, slots: Slots) -> Tensor:
-    """The row of each place: (S, D)."""
+    """Return the row of each place: (S, D)."""
     return x_RD.index_select(0, slots.slot_S // slots.place_RK.shape[1])
 
 
 def combine_rows(y_SD: Tensor, slots: Slots) -> Tensor:
-    """For each row the sum over its filled slots, slot after slot: (R, D), in y's type."""
+    """Return for each row the sum over its filled slots, slot after slot: (R, D), in y's type."""
     total_RD = _wide(y_SD.new_zeros(slots.place_RK.shape[0], y_SD.shape[1]))
     for place_R in slots.place_RK.T:
         filled_R1 = (place_R >= 0)[:, None]
@@ -31,7 +31,7 @@ def combine_rows(y_SD: Tensor, slots: Slots) -> Tensor:
 
 
 def swiglu(gate_up_S2F: Tensor, weights_RK: Tensor, slots: Slots) -> Tensor:
-    """silu(gate) * up * weight: (S, F)."""
+    """Return silu(gate) * up * weight: (S, F)."""
     gate_SF, up_SF = _wide(gate_up_S2F).chunk(2, dim=-1)
     weight_S1 = weights_RK.flatten().index_select(0, slots.slot_S)[:, None].to(gate_SF.dtype)
     return (torch.nn.functional.silu(gate_SF) * up_SF * weight_S1).to(gate_up_S2F.dtype)
@@ -40,15 +40,18 @@ def swiglu(gate_up_S2F: Tensor, weights_RK: Tensor, slots: Slots) -> Tensor:
 def swiglu_backward(
     gate_up_S2F: Tensor, grad_h_SF: Tensor, weights_RK: Tensor, slots: Slots
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted h, dL/d(gate_up), dL/dweights) with h = silu(gate) * up and dL/d(weight * h) given; the last (R, K)."""
+    """Return (weight * h, dL/d(gate_up), dL/dweights) for h = silu(gate) * up and grad_h = dL/d(weight * h).
+
+    dL/dweights: (R, K), 0 for empty slots.
+    """
     gate_SF, up_SF = _wide(gate_up_S2F).chunk(2, dim=-1)
     grad_SF, slot_S = _wide(grad_h_SF), slots.slot_S.long()
     weight_S1 = weights_RK.flatten().index_select(0, slot_S)[:, None].to(gate_SF.dtype)
     sigmoid_SF = gate_SF.sigmoid()
     silu_SF = gate_SF * sigmoid_SF
-    slope_SF = sigmoid_SF * (1 + gate_SF * (1 - sigmoid_SF))
+    silu_slope_SF = sigmoid_SF * (1 + gate_SF * (1 - sigmoid_SF))
     h_SF, grad_w_SF = silu_SF * up_SF, grad_SF * weight_S1
-    grad_gate_up_S2F = torch.cat([grad_w_SF * up_SF * slope_SF, grad_w_SF * silu_SF], dim=-1)
+    grad_gate_up_S2F = torch.cat([grad_w_SF * up_SF * silu_slope_SF, grad_w_SF * silu_SF], dim=-1)
     grad_weights_N = torch.zeros_like(weights_RK).flatten()
     in_use_S = torch.arange(len(slot_S), device=slot_S.device) < slots.ends_e[-1]
     grad_weights_N.scatter_(0, slot_S, torch.where(in_use_S, (grad_SF * h_SF).sum(-1), 0).to(weights_RK.dtype))

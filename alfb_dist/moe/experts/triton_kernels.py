@@ -1,7 +1,7 @@
-"""What lies between the grouped products, as fused Triton kernels. See torch_kernels, which these equal.
+"""The computations between the grouped products, as fused Triton kernels; torch_kernels.py has the same functions.
 
-Each program takes a tile of rows and columns. Row numbers are int64 before they meet a width: a large batch has more
-than 2^31 elements.
+Each program computes a tile of rows and columns. Row numbers are int64 when multiplied by a width, since a large batch
+has more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
 
 
 def _tiles(num_rows: int, width: int | None) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The grid and the tile's shape; one program for all columns if the width is None."""
+    """Return the grid and the tile's shape, with one program for all columns if the width is None."""
     columns = MAX_COLUMNS if width is None else min(MAX_COLUMNS, triton.next_power_of_2(width))
     across = () if width is None else (triton.cdiv(width, columns),)
     return (triton.cdiv(num_rows, ROWS), *across), {"ROWS": ROWS, "COLUMNS": columns}
 
 
 def gather_rows(x_RD: Tensor, slots: Slots) -> Tensor:
-    """The row of each place: (S, D)."""
+    """Return the row of each place: (S, D)."""
     out_SD = x_RD.new_empty(len(slots.slot_S), x_RD.shape[1])
     if out_SD.numel():
         grid, tile = _tiles(*out_SD.shape)
@@ -104,7 +104,7 @@ def gather_rows(x_RD: Tensor, slots: Slots) -> Tensor:
 
 
 def combine_rows(y_SD: Tensor, slots: Slots) -> Tensor:
-    """For each row the sum over its filled slots, slot after slot: (R, D), in y's type."""
+    """Return for each row the sum over its filled slots, slot after slot: (R, D), in y's type."""
     num_rows, top_k = slots.place_RK.shape
     out_RD = y_SD.new_empty(num_rows, y_SD.shape[1])
     if out_RD.numel():
@@ -114,7 +114,7 @@ def combine_rows(y_SD: Tensor, slots: Slots) -> Tensor:
 
 
 def swiglu(gate_up_S2F: Tensor, weights_RK: Tensor, slots: Slots) -> Tensor:
-    """silu(gate) * up * weight: (S, F)."""
+    """Return silu(gate) * up * weight: (S, F)."""
     h_SF = gate_up_S2F.new_empty(len(gate_up_S2F), gate_up_S2F.shape[1] // 2)
     if h_SF.numel():
         grid, tile = _tiles(*h_SF.shape)
@@ -125,7 +125,10 @@ def swiglu(gate_up_S2F: Tensor, weights_RK: Tensor, slots: Slots) -> Tensor:
 def swiglu_backward(
     gate_up_S2F: Tensor, grad_h_SF: Tensor, weights_RK: Tensor, slots: Slots
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted h, dL/d(gate_up), dL/dweights) with h = silu(gate) * up and dL/d(weight * h) given; the last (R, K)."""
+    """Return (weight * h, dL/d(gate_up), dL/dweights) for h = silu(gate) * up and grad_h = dL/d(weight * h).
+
+    dL/dweights: (R, K), 0 for empty slots.
+    """
     h_SF, grad_gate_up_S2F = torch.empty_like(grad_h_SF), torch.empty_like(gate_up_S2F)
     grad_weights_RK = torch.zeros_like(weights_RK)
     if h_SF.numel():
