@@ -1,4 +1,4 @@
-"""How biases follow loads: the settings that a Balancer takes, as one object for those behind it."""
+"""How the biases follow the loads: the settings of a Balancer, passed on as one object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's configuration says to the layer and to the Balancer, in their own settings."""
+"""The settings of the layer and of the Balancer, from a run's configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def start_patience(config: Config) -> float:
 
 
 def sharding_of(config: Config) -> Sharding:
-    """Return the sharding of a run, with `start_patience` as its timeout: set the run's own when it starts."""
+    """Return the sharding of a run, with `start_patience` as its timeout: `run.start` sets the run's own at the end."""
     return Sharding(
         ep_degree=config.parallel.ep_degree,
         max_rows=config.parallel.max_rows,

@@ -182,7 +182,7 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["shared_experts", "shared_expert", "shared_mlp"])
-def test_only_shared_experts_are_hooked(name: str) -> None:
+def test_only_shared_experts_are_hooked_under_each_of_their_names(name: str) -> None:
     block = nn.ModuleDict({name: nn.ModuleDict({"up_proj": nn.Linear(4, 4)}), "gate": nn.Linear(4, 4)})
     model = nn.ModuleDict({"mlp": block, "head": nn.Linear(4, 4)})
     mark_shared_experts(model)
