@@ -30,9 +30,14 @@ SENDS = {
     ],
 }
 DTYPES = (torch.float64, torch.bfloat16, torch.int32)
-WAYS = {"memory": [], "network": [0, 1, 2, 3], "both": [1]}
-"""The ranks without shared memory."""
-CASES = [(1, "network"), (2, "memory"), (2, "network"), (4, "memory"), (4, "network"), (4, "both")]
+WAYS = {
+    "memory": ("ALFB_SHARED_MEMORY", []),
+    "network": ("ALFB_SHARED_MEMORY", [0, 1, 2, 3]),
+    "both": ("ALFB_SHARED_MEMORY", [1]),
+    "headers by network": ("ALFB_NATIVE", [1]),  # where one has no compiler
+}
+"""The switch that is off, and the ranks on which it is."""
+CASES = [(1, "network"), *((world, way) for world in (2, 4) for way in WAYS)]
 
 
 def code(source: int, destination: int, row: int, column: int) -> float:
@@ -44,9 +49,10 @@ def rows_between(send: list[list[int]], source: int, destination: int) -> list[l
     return [[code(source, destination, i, c) for c in range(2)] for i in range(send[source][destination])]
 
 
-def turn_off_memory(without_memory: list[int]) -> None:
-    if dist.get_rank() in without_memory:
-        os.environ["ALFB_SHARED_MEMORY"] = "0"
+def take(way: str) -> None:
+    switch, ranks = WAYS[way]
+    if dist.get_rank() in ranks:
+        os.environ[switch] = "0"
 
 
 def exchange_types(exchange: Exchange) -> list[list[list[Any]]]:
@@ -96,8 +102,8 @@ def exchange_wrong_counts(exchange: Exchange) -> list[str]:
     return texts
 
 
-def exchange_all(without_memory: list[int]) -> dict[str, Any]:
-    turn_off_memory(without_memory)
+def exchange_all(way: str) -> dict[str, Any]:
+    take(way)
     exchange = Exchange(dist.group.WORLD)
     return {"rows": exchange_types(exchange), "errors": exchange_wrong_counts(exchange)}
 
@@ -106,7 +112,7 @@ def exchange_all(without_memory: list[int]) -> dict[str, Any]:
 def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """exchanged(world, way): by rank, what `exchange_all` returned; run once for each."""
     return functools.cache(
-        lambda world, way: run_ranks(world, exchange_all, WAYS[way], folder=tmp_path_factory.mktemp("ranks"))
+        lambda world, way: run_ranks(world, exchange_all, way, folder=tmp_path_factory.mktemp("ranks"))
     )
 
 
@@ -152,7 +158,7 @@ def test_wrong_rank_of_a_subgroup_is_named_by_its_global_rank(tmp_path: Path) ->
 
 def wrong_counts_where_they_are_known() -> str:
     """All ranks pass one row less than their counts say, and no headers go, so that none enters the exchange."""
-    turn_off_memory([0, 1])
+    take("network")
     try:
         Exchange(dist.group.WORLD).all_to_all([(torch.zeros(1, 2), None)], [1, 1], [1, 1])
     except RuntimeError as error:
@@ -169,9 +175,9 @@ def value(source: int, destination: int, turn: int) -> float:
     return float(source * 1000 + destination * 100 + turn)
 
 
-def exchange_many(without_memory: list[int]) -> None:
-    """Twelve exchanges of messages from nothing to 3 MB, with readers that take their time."""
-    turn_off_memory(without_memory)
+def exchange_many(way: str) -> None:
+    """Exchange twelve times, from nothing to 3 MB, with readers that take their time."""
+    take(way)
     rank, world = dist.get_rank(), dist.get_world_size()
     exchange, sleeper = Exchange(dist.group.WORLD), random.Random(rank)
     for turn in range(12):
@@ -192,4 +198,4 @@ def exchange_many(without_memory: list[int]) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_arrive_whole_whatever_the_sizes_and_the_way(tmp_path: Path, way: str) -> None:
-    run_ranks(4, exchange_many, WAYS[way], folder=tmp_path)
+    run_ranks(4, exchange_many, way, folder=tmp_path)

@@ -73,7 +73,7 @@ def _attempt(
 ) -> int:
     """Run the launcher's command until it and every process that it started have ended; return the run's exit code.
 
-    The command has a session of its own, so that a signal to our group, such as Ctrl-C, reaches only us: launchers
+    The command has its own session, so that a signal to our group, such as Ctrl-C, reaches only us: launchers
     kill ranks half a minute after a signal, which is too short for a large save.
     """
     words, environment = command
