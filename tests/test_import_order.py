@@ -249,7 +249,7 @@ def test_check_for_breaches_sees_them(module: str, source: str, found: list[str]
 @pytest.mark.parametrize("module", [m for m in MODULES if m != ROOT])
 def test_only_the_seams_import_deepspeed_and_the_inside_of_transformers(module: str) -> None:
     nodes = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.ImportFrom)]
-    imported = {f"{node.module}." for node in nodes} | {
+    imported = {f"{node.module}.{a.name}." for node in nodes for a in node.names} | {
         f"{a.name}." for node in ast.walk(MODULES[module]) if isinstance(node, ast.Import) for a in node.names
     }
     here = module.removeprefix(f"{ROOT}.")

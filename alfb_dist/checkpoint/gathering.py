@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,12 +60,14 @@ class Gatherer:
             for name, (start, stop) in spans.items():
                 for position in (None, rank % ep_degree):
                     self._holders.setdefault((name, position), []).append(Span(rank, start, stop))
+        self._checked: set[tuple[str, int | None]] = set()
 
     def _spans(self, request: Request) -> list[Span]:
         """Return the spans that make up a request, each from the holder nearest to the writer.
 
-        Raises RuntimeError if a part of it is held by no rank.
+        Raises RuntimeError if a part of it is held by no rank, or parts of the parameter overlap.
         """
+        self._check_overlap(request.parameter, request.position)
         writer, at = request.writer, request.start
         low, high = self._held[writer].get(request.parameter, (0, 0))
         if low <= at and request.stop <= high and request.position in (None, writer % self._ep_degree):
@@ -80,6 +83,19 @@ class Gatherer:
             found.append(Span(holder.rank, at, min(holder.stop, request.stop)))
             at = found[-1].stop
         return found
+
+    def _check_overlap(self, parameter: str, position: int | None) -> None:
+        """Raise RuntimeError if ranks hold parts that overlap and are not the same: it is not known which is right."""
+        if (parameter, position) in self._checked:
+            return
+        self._checked.add((parameter, position))
+        parts = sorted({(span.start, span.stop) for span in self._holders.get((parameter, position), [])})
+        for (_, stop), (start, next_stop) in pairwise(parts):
+            if start < stop:
+                raise RuntimeError(
+                    f"{parameter} is held in parts that overlap: elements up to {stop} by one rank and {start} to "
+                    f"{next_stop} by another"
+                )
 
     def _bytes(self, request: Request, span: Span) -> Tensor:
         return self._read(request, span.start, span.stop).contiguous().view(torch.uint8)

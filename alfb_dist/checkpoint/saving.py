@@ -18,7 +18,7 @@ from alfb_dist.checkpoint.gathering import Gatherer, Request
 from alfb_dist.checkpoint.safetensors_file import dtype_name
 from alfb_dist.checkpoint.share import Share
 from alfb_dist.checkpoint.write_order import batches, items
-from alfb_dist.config.provenance import versions
+from alfb_dist.config.provenance import SAVE, versions
 from alfb_dist.distributed.agreement import on_every_rank
 from alfb_dist.distributed.collectives import Group, all_equal, barrier, gather_objects, group_rank, size, world_group
 from alfb_dist.engine.balancer import Balancer
@@ -101,7 +101,7 @@ def _body(engine: Any, step: int, state: dict[str, Any], shares: list[Any]) -> d
         step=step,
         topology=topology,
         config_hash=state.get("config_hash"),
-        versions=versions(),
+        versions=versions(SAVE),
         files=written_files,
         tensors=written,
         num_experts=tensors.num_experts(model),

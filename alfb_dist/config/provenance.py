@@ -11,16 +11,19 @@ from typing import Any
 
 import xxhash
 
-_PACKAGES = ("alfb_dist", "torch", "deepspeed", "transformers", "numpy", "safetensors", "wandb")
+RESULT = ("python", "alfb_dist", "torch", "deepspeed", "transformers", "numpy", "safetensors", "wandb")
+SAVE = ("alfb_dist", "torch", "deepspeed", "transformers")
+"""What the result of a run depends on, and what the content of its saves does."""
+
 _SOURCES = (".py", ".c", ".h")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the result of a run depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+def versions(of: Sequence[str] = RESULT) -> dict[str, str]:
+    """Return the versions of Python and of the packages named, without those that are not installed."""
+    found = {}
+    for name in of:
         try:
-            found[package] = metadata.version(package)
+            found[name] = platform.python_version() if name == "python" else metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found

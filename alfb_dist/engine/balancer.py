@@ -88,7 +88,9 @@ class Balancer:
 
     def _start(self, engine_or_model: Any, balancing: Balancing, group: Group) -> None:
         self.rule, self.centered = balancing.rule, balancing.centered
-        self.rate: float | Schedule = rate_of(balancing)
+        schedule = rate_of(balancing)
+        plain = not balancing.warmup_steps and balancing.zero_at_step is None
+        self.rate: float | Schedule = balancing.rate if plain else schedule
         self.group = group or world_group()
         self.engine: Any = engine_or_model if hasattr(engine_or_model, "was_step_applied") else None
         model: nn.Module = engine_or_model if self.engine is None else self.engine.module

@@ -16,7 +16,7 @@ from alfb_dist.checkpoint.folder import publish, start, step_folder
 from alfb_dist.checkpoint.safetensors_file import Entry, dtype_name
 from alfb_dist.checkpoint.saving import COUNTERS
 from alfb_dist.checkpoint.share import Share
-from alfb_dist.config.provenance import versions
+from alfb_dist.config.provenance import SAVE, versions
 from alfb_dist.config.tables import ModelConfig
 from alfb_dist.moe.families.blocks import moe_blocks, num_choices
 from alfb_dist.pretrained.fp8 import QUANTIZED
@@ -68,7 +68,7 @@ def from_hf(folder: Path, run_folder: Path) -> Path:
             step=0,
             topology={"world_size": 0, "ep_degree": 1, "zero_stage": 0},
             config_hash=None,
-            versions=versions(),
+            versions=versions(SAVE),
             files=share.files,
             tensors=share.tensors,
             num_experts={name.rpartition(".")[0]: count for name, count in expert_counts(template).items()},

@@ -16,9 +16,10 @@ VALUES = torch.arange(10, dtype=torch.int64)
 
 
 def _gather(parameter: str) -> list[list[int]]:
-    """Return what this rank gathers of "split", held in two parts, or of "short", whose last element no rank holds."""
+    """Return what this rank gathers of "split", held in two parts, of "short", whose last element no rank holds, or of
+    "twice", of which one element is held by both in unlike parts."""
     rank = dist.get_rank()
-    held = {"split": [(0, 6), (6, 10)][rank], "short": [(0, 6), (6, 9)][rank]}
+    held = {"split": [(0, 6), (6, 10)][rank], "short": [(0, 6), (6, 9)][rank], "twice": [(0, 7), (6, 10)][rank]}
 
     def read(request: Request, start: int, stop: int) -> torch.Tensor:
         low, high = held[request.parameter]
@@ -35,6 +36,11 @@ def test_a_writer_receives_its_requests_in_order(tmp_path: Path) -> None:
     first, second = run_ranks(2, _gather, "split", folder=tmp_path)
     assert first == [[2, 3, 4], list(range(10))]
     assert second == [[4, 5, 6, 7], [6, 7, 8, 9]]
+
+
+def test_parts_that_overlap_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="twice is held in parts that overlap: elements up to 7"):
+        run_ranks(2, _gather, "twice", folder=tmp_path)
 
 
 def test_an_element_that_no_rank_holds_is_named(tmp_path: Path) -> None:

@@ -136,6 +136,20 @@ def test_kernels_agree_with_plain_torch_and_are_what_runs() -> None:
     assert type(expert_mlp(x.requires_grad_(), ids, *rest, ACT).grad_fn).__name__ == "_ExpertMLPBackward"
 
 
+def test_second_derivatives_are_refused() -> None:
+    x, ids, weights, gate_up, down = make_case(6, 10, 4, 2, 8, 4)
+    shared = (gate_up[0, :4].contiguous(), gate_up[0, 4:].contiguous(), down[0])
+    for function in (
+        lambda x: cpu.expert_mlp(x, ids, weights, gate_up, down),
+        lambda x: cpu.shared_mlp(x, *shared),
+        lambda x: cpu.gate_logits(x, gate_up[0]),
+    ):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
 def test_other_types_and_activations_go_through_plain_torch() -> None:
     x, ids, *rest = make_case(4, 10, 4, 2, 8, 4)
     assert cpu.expert_mlp(x.double(), ids, *(t.double() for t in rest)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import random
 import shutil
@@ -220,3 +221,25 @@ def test_a_pair_of_token_files_is_used_directly_and_a_single_one_refused(tmp_pat
     assert (given.train, given.validation) == (made.train, made.validation)
     with pytest.raises(ValueError, match="come in pairs"):
         prepare([made.train], tmp_path / "other")
+
+
+def _prepare_at_once(start: Any, texts: Path, cache: Path, results: Any) -> None:
+    start.wait()
+    results.put(prepare([texts], cache))
+
+
+def test_processes_that_race_end_up_with_one_set_of_files(texts: Path, tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    start, results = context.Barrier(2), context.SimpleQueue()
+    racers = [
+        context.Process(target=_prepare_at_once, args=(start, texts, tmp_path / "cache", results)) for _ in range(2)
+    ]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0
+    first, second = results.get(), results.get()
+    assert first == second
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.train.parent.name]
+    assert contents(first) == contents(prepare([texts], tmp_path / "alone"))

@@ -242,7 +242,7 @@ def initialized(folder: str) -> tuple[Any, ...]:
     experts = next(m for m in engine.module.modules() if getattr(m, "grid", None) is not None)
     with pytest.raises(ValueError, match="ep_degree is missing"):
         alfb_dist.initialize(tiny_model(), {"train_micro_batch_size_per_gpu": 1})
-    return experts.sharding.ep_degree, experts.grid.ep_degree, balancer.rule, balancer.rate(0), balancer.centered
+    return experts.sharding.ep_degree, experts.grid.ep_degree, balancer.rule, balancer.rate, balancer.centered
 
 
 def test_initialize_takes_a_file_with_the_section(ranks: Any, tmp_path: Path) -> None:
