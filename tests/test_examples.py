@@ -88,9 +88,11 @@ def small_config(folder: str, model: str = "") -> Any:
     toml = block("Pretrain from a configuration", "toml")
     if model:
         toml = re.sub(r"\[model\].*?\[parallel\]", f"[model]\n{model}\n[parallel]", toml, flags=re.S)
-    Path(folder, "run.toml").write_text(toml)
-    for name in ("a.txt", "b.txt"):
-        Path(folder, name).write_text(f"{name}: a bias for every expert\n" * 200)
+    if dist.get_rank() == 0:
+        Path(folder, "run.toml").write_text(toml)
+        for name in ("a.txt", "b.txt"):
+            Path(folder, name).write_text(f"{name}: a bias for every expert\n" * 200)
+    dist.barrier()  # a rank must not read what another is about to write
     small = ["train.steps=2", "train.global_batch=4", "train.micro_batch=1", "data.sequence_length=16"]
     places = [f"run.folder='{folder}/runs'", f"data.cache='{folder}/cache'", f"data.source=['{folder}']"]
     silent = ["report.progress=false", "report.wandb='disabled'", "report.html=false", "train.eval_sequences=2"]
