@@ -39,7 +39,7 @@ NEVER = {
     "report": ("torch.distributed", "alfb_dist.balance", "alfb_dist.distributed"),
     "training": ("deepspeed", "alfb_dist.cpu"),
 }
-"""What a package never uses, beside what stands right of it: algorithms know no processes, processes no models, the
+"""What a package never uses, besides what stands right of it: algorithms know no processes, processes no models, the
 layer no files, and so on. Its own modules are not meant."""
 
 ONLY = {

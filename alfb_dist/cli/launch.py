@@ -52,11 +52,11 @@ def _launch(arguments: argparse.Namespace) -> int:
         check_hosts(list(launch.hosts), port=port, ssh=ssh_command())
     environment = environment_with_exports(launch.master_addr) if launch.hosts else dict(os.environ)
 
-    def attempt(lifeline: str, resume: bool) -> tuple[list[str], dict[str, str]]:
+    def attempt(control: str, resume: bool) -> tuple[list[str], dict[str, str]]:
         again = ["--set", "run.resume=true"] if resume and not config.run.resume else []
         words = command(launch, [*settings, *again])
         notify(shlex.join(words))
-        return [*words, "--lifeline", lifeline], environment
+        return [*words, "--lifeline", control], environment
 
     return supervise(
         attempt,

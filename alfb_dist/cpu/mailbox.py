@@ -17,10 +17,8 @@ from alfb_dist.cpu.build import Library
 from alfb_dist.cpu.shared_memory import Outbox, Peer, has_shared_memory
 
 MAX_NUMBERS = 7
-SPIN_SECONDS, CHECK_SECONDS = (
-    1e-3,
-    0.1,
-)  # how long a waiting rank keeps its processor; how often it looks for dead ranks
+SPIN_SECONDS = 1e-3  # how long a waiting rank keeps its processor
+CHECK_SECONDS = 0.1  # how often it looks for dead ranks
 _SLOT_BYTES = 64
 
 MAILBOX = Library("mailbox.c", {"post": (2, 2), "collect": (4, 2)}, returning=("collect",))

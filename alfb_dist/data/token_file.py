@@ -31,9 +31,8 @@ HEADER_BYTES = 64
 BLOCK_BYTES = 1 << 20
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ENDS_DTYPE = np.dtype("<u8")
-_HEADER = struct.Struct(
-    "<8sIIQQ16s"
-)  # magic, version, zero, index offset, index bytes, index hash; its own hash follows
+# magic, version, zero, index offset, index bytes, index hash; its own hash follows
+_HEADER = struct.Struct("<8sIIQQ16s")
 
 
 class TokenFileError(ValueError):

@@ -47,7 +47,9 @@ class Sent:
     route: Route | None = None
     slot_counts: list[int] | None = None  # filled slots for each rank; once received, from each rank
     ticket: Tensor | None = None  # one number, through which the backward of `receive` reaches that of `send`
-    underway: Handle | None = None  # in the forward the rows, in the backward their gradients
+    handle: Handle | None = (
+        None  # of the exchange that was started: in the forward the rows, in the backward their gradients
+    )
     own_grads: tuple[Tensor, Tensor] | None = None  # in the backward, of the rows that stay on this rank
 
 
@@ -98,8 +100,8 @@ def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
         rows_RD = x_TD.new_empty(shape)
     for rank, (part, rows) in enumerate(zip(_parts(route.receive_counts), arrived)):
         if rank == route.rank:
-            mine_N = route.token_N[_parts(route.send_counts)[rank]]
-            torch.index_select(x_TD, 0, mine_N, out=rows_RD[part])
+            own_N = route.token_N[_parts(route.send_counts)[rank]]
+            torch.index_select(x_TD, 0, own_N, out=rows_RD[part])
         else:
             rows_RD[part].copy_(rows)
     return rows_RD
@@ -107,11 +109,11 @@ def _gather(x_TD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
 
 def _join(small_N: Tensor, counts: list[int], arrived: list[Tensor], route: Route) -> Tensor:
     """Return what arrived from all ranks in rank order, this rank's part being that of small_N."""
-    mine = small_N[_parts(counts)[route.rank]]
-    return torch.cat([mine if rank == route.rank else part for rank, part in enumerate(arrived)])
+    own = small_N[_parts(counts)[route.rank]]
+    return torch.cat([own if rank == route.rank else part for rank, part in enumerate(arrived)])
 
 
-def _add_up(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
+def _sum_tokens(rows_RD: Tensor, arrived: list[Tensor], route: Route) -> Tensor:
     """Return the sum of each token's rows in rank order, of which rows_RD are this rank's: (T, D)."""
     own = rows_RD[_parts(route.receive_counts)[route.rank]]
     tokens = [route.token_N[part] for part in _parts(route.send_counts)]
@@ -126,20 +128,20 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, sent: Sent) -> Tensor:
         assert sent.route is not None
         rows = [(x_TD, sent.route.token_N), (sent.weights, None), (sent.expert_ids, None)]
-        sent.underway = sent.route.exchange.start(rows, sent.route.send_counts, numbers=sent.slot_counts)
+        sent.handle = sent.route.exchange.start(rows, sent.route.send_counts, numbers=sent.slot_counts)
         ctx.sent, ctx.top_k = sent, weights_TK.shape[1]
         return x_TD.new_zeros(1)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         sent, route = ctx.sent, ctx.sent.route
-        arrived, _counts = route.exchange.finish(sent.underway)
-        (grad_rows_RD, grad_weights_RK), sent.underway, sent.own_grads = sent.own_grads, None, None
+        arrived, _counts = route.exchange.finish(sent.handle)
+        (grad_rows_RD, grad_weights_RK), sent.handle, sent.own_grads = sent.own_grads, None, None
         rows, weights = map(list, zip(*arrived))
         grad_weights_NK = _join(grad_weights_RK, route.receive_counts, weights, route).masked_fill_(route.empty_NK, 0)
         grad_weights_TK = grad_weights_NK.new_zeros(route.num_tokens, ctx.top_k)
         grad_weights_TK.index_add_(0, route.token_N, grad_weights_NK)
-        return _add_up(grad_rows_RD, rows, route), grad_weights_TK, None
+        return _sum_tokens(grad_rows_RD, rows, route), grad_weights_TK, None
 
 
 class _Receive(torch.autograd.Function):
@@ -148,15 +150,15 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
         route = sent.route
-        assert route is not None and sent.underway is not None
-        arrived, route.receive_counts = route.exchange.finish(sent.underway)
-        sent.slot_counts = sent.underway.numbers
+        assert route is not None and sent.handle is not None
+        arrived, route.receive_counts = route.exchange.finish(sent.handle)
+        sent.slot_counts = sent.handle.numbers
         rows, weights, ids = map(list, zip(*arrived))
         rows_RD = _gather(sent.x_TD, rows, route)
         weights_RK = _join(sent.weights, route.send_counts, weights, route)
         ids_RK = _join(sent.expert_ids, route.send_counts, ids, route).to(torch.int64)
         sent.x_TD = sent.weights = sent.expert_ids = ids_RK.new_empty(0)  # they are not kept for the backward
-        sent.underway = None
+        sent.handle = None
         ctx.sent, ctx.like = sent, ticket.new_zeros(1)
         ctx.mark_non_differentiable(ids_RK)
         return rows_RD, weights_RK, ids_RK
@@ -165,7 +167,7 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         sent, (grad_rows_RD, grad_weights_RK, _) = ctx.sent, grads
         route, rows = sent.route, [(grad_rows_RD, None), (grad_weights_RK, None)]
-        sent.underway = route.exchange.start(rows, route.receive_counts, route.send_counts)
+        sent.handle = route.exchange.start(rows, route.receive_counts, route.send_counts)
         sent.own_grads = grad_rows_RD, grad_weights_RK
         return ctx.like, None
 
@@ -177,7 +179,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, route: Route) -> Tensor:
         ctx.route = route
         arrived, _ = route.exchange.all_to_all([(rows_RD, None)], route.receive_counts, route.send_counts)
-        return _add_up(rows_RD, [rows for (rows,) in arrived], route)
+        return _sum_tokens(rows_RD, [rows for (rows,) in arrived], route)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

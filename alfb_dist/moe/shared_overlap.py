@@ -31,9 +31,9 @@ class _Tokens:
         return cls(x, x._version)
 
     def same_as(self, x: Tensor) -> bool:
-        """Whether x is this tensor, in whatever shape, unchanged and with the same path for gradients."""
-        mine, theirs = ((t.data_ptr(), t.numel(), t.dtype, t.requires_grad, t.is_contiguous()) for t in (self.x, x))
-        return mine == theirs and not x.is_inference() and x._version == self.version
+        """Return whether x is this tensor in any shape, unchanged and with the same path for gradients."""
+        kept, given = ((t.data_ptr(), t.numel(), t.dtype, t.requires_grad, t.is_contiguous()) for t in (self.x, x))
+        return kept == given and not x.is_inference() and x._version == self.version
 
 
 class OverlappedSharedExperts(nn.Module):

@@ -43,7 +43,7 @@ class Container:
     def start(
         self, words: list[str], hosts: Path, *, name: str = "node0", network: bool = False, entry: bool = True
     ) -> subprocess.Popen[str]:
-        """A process that has the command as its only child, process 1 of its own, once it is told to `go`.
+        """A process that has the command as its only child, process 1 of its own, once `go` is called.
 
         entry: behind the image's entry point. hosts: its /etc/hosts. network: one of its own, with nothing in it.
         """

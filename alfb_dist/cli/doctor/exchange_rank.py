@@ -24,20 +24,20 @@ SECONDS = 60
 
 
 def exchange(rows: Tensor, group: ProcessGroup) -> tuple[Tensor, float]:
-    """What the other rank sent, and the seconds it took; all rows go to the other rank."""
+    """Send all rows to the other rank; return the rows that it sent and the seconds that this took."""
     other = 1 - group.rank()
     sizes = [0, 0]
     sizes[other] = rows.nbytes
     started = time.perf_counter()
-    coming = [size for (size,) in exchange_numbers([[size] for size in sizes], group, rows.device)]
-    received = start_all_to_all_bytes(rows.flatten().view(torch.uint8), sizes, coming, group)()[other]
+    receive_sizes = [size for (size,) in exchange_numbers([[size] for size in sizes], group, rows.device)]
+    received = start_all_to_all_bytes(rows.flatten().view(torch.uint8), sizes, receive_sizes, group)()[other]
     if rows.is_cuda:
         torch.cuda.synchronize()
     return received.view(rows.dtype).view(-1, rows.shape[1]), time.perf_counter() - started
 
 
 def values(rank: int, num_rows: int, device: torch.device) -> Tensor:
-    """What a rank sends: (num_rows, 1024), whole numbers that tell the rank and the place."""
+    """Return the rows that a rank sends, (num_rows, 1024): whole numbers that depend on the rank and the position."""
     places = torch.arange(num_rows * 1024, device=device) % 8191
     return (places + rank * 8192).float().view(num_rows, 1024)
 

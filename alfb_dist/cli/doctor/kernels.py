@@ -35,7 +35,7 @@ def judge_kernels(*, cuda: bool, off: bool, compiler: str | None, loaded: bool, 
 
 
 def kernel_difference() -> float:
-    """How far the kernels' output and gradients are from plain torch's, as a part of the largest value."""
+    """Return the kernels' largest error against plain torch, as a part of the largest value."""
     import torch
     from torch import Tensor
 

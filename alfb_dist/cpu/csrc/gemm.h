@@ -161,8 +161,8 @@ static void panel(const product_t *p, int64_t k, int64_t depth, int64_t j, int64
     }
 }
 
-// The number of parts that the rows of each panel are cut into, so that all threads have work: one with an index, which
-// may name a row twice.
+// Returns into how many parts the rows of each panel are cut, so that all threads have work. With an index there is one
+// part: the index may name a row twice, and two threads must not add to the same row.
 static int64_t cuts(int64_t m, int64_t panels, const int32_t *index) {
     int64_t wanted = (max_threads() + panels - 1) / panels, most = m / (8 * ROWS);
     return index || most < 1 ? 1 : wanted < most ? wanted : most;

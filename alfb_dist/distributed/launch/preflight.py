@@ -85,9 +85,8 @@ def _ssh_error(host: str, done: subprocess.CompletedProcess[str]) -> str:
 def port_error(port: int) -> str:
     """Return why ranks cannot meet on this port of this host, '' if they can; port 0 is always free."""
     with socket.socket() as s:
-        s.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as the ranks' store does: a port of an ended run is free
+        # As the ranks' store does: a port of an ended run is free.
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind(("", port))
             s.listen(1)

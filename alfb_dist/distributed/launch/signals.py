@@ -14,7 +14,7 @@ DONE, FAILED, PREEMPTED, BAD_CONFIG = 0, 1, 75, 78  # exit codes of a run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE_SECONDS = 3.0
-"""An INT sooner after another is the same request: Ctrl-C reaches a rank directly and through its launcher."""
+"""A second INT within this time is the same request: Ctrl-C reaches a rank directly and through its launcher."""
 
 
 class StopSignals:
