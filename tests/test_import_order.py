@@ -22,7 +22,7 @@ PACKAGE = Path(alfb_dist.__file__).parent
 ROOT = PACKAGE.name
 
 ORDER = """
-    profiling config data report balance cpu distributed moe engine checkpoint pretrained training bench cli
+    profiling config data report balance cpu distributed moe engine checkpoint bench pretrained training cli
 """.split()
 """The packages, from left to right. A new one takes its place here."""
 
